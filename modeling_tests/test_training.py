@@ -1,0 +1,323 @@
+"""Training with stock tools, and real recordings read back without an error."""
+
+import pytest
+import torch
+from conftest import build_tiny, tiny_text_config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+from mel_llm import MelLLMConfig
+from mel_llm.conversion import find_spare_token, from_text_llm
+from mel_llm.training import TranscriptionCollator, compute_feature_statistics, train_tokenizer
+
+
+def examples_of(clips):
+    return [{"audio": clip["array"], "text": clip["text"]} for clip in clips]
+
+
+def arguments(folder, cls=TrainingArguments, **overrides):
+    fields = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 4,
+        "report_to": "none",
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    return cls(**{**fields, **overrides})
+
+
+# --- the pieces ---------------------------------------------------------------------------------------------------------
+
+
+def test_statistics(speech_clips, tiny):
+    _, processor = tiny
+    clips = [processor(clip["array"])["input_features"][0] for clip in speech_clips[:4]]
+    mean, std = compute_feature_statistics(clips)
+    frames = torch.cat(clips)
+    torch.testing.assert_close(mean, frames.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(std, frames.std(0, correction=0), rtol=1e-4, atol=1e-4)
+    assert compute_feature_statistics([torch.zeros(5, 80)])[1].min() > 0
+    for bad in ([], [torch.zeros(0, 80)], [torch.full((2, 80), torch.nan)]):
+        with pytest.raises(ValueError, match="features"):
+            compute_feature_statistics(bad)
+
+
+def test_tokenizer_writes_anything():
+    tokenizer = train_tokenizer(["hello"], vocab_size=270)
+    text = "Ünïcode, 数字 and \n🙂"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    with pytest.raises(ValueError, match="vocab_size"):
+        train_tokenizer(["hello"], vocab_size=100)
+
+
+@pytest.mark.parametrize(
+    ("special", "expected"),
+    [
+        (["<|reserved_special_token_0|>"], "<|reserved_special_token_0|>"),
+        (["<unused0>", "<unused1>"], "<unused0>"),
+        (["<|endoftext11|>", "<|endoftext12|>"], "<|endoftext11|>"),
+        ([], None),
+    ],
+)
+def test_a_spare_token_is_reused_and_the_vocabulary_stays(special, expected):
+    vocabulary = {"<s>": 0, "</s>": 1, "hello": 2, "Write": 3, "it.": 4, "\n": 5}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<s>")), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.add_tokens(special, special_tokens=True)
+    assert find_spare_token(tokenizer) == expected
+    size = len(tokenizer)
+    model, processor = from_text_llm(
+        tiny_text_config(vocab_size=size), tokenizer, audio_config={"conv_channels": 8, "hidden_size": 16}
+    )
+    assert processor.audio_token == (expected or "<|audio|>")
+    assert model.config.vocab_size == model.lm_head.weight.shape[0] == (size if expected else size + 1)
+    assert model.config.audio_token_id == processor.audio_token_id < model.config.vocab_size
+
+
+def test_collator_batches(tiny, speech_clips):
+    _, processor = tiny
+    batch = TranscriptionCollator(processor)(examples_of(speech_clips[:3]))
+    assert set(batch) == {"input_features", "attention_mask", "labels"}
+    for row, clip in zip(batch["labels"], speech_clips, strict=False):
+        assert processor.tokenizer.decode(row[row != -100]) == clip["text"]
+
+
+def test_from_text_llm_keeps_the_language_model(tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    set_seed(3)
+    text_model = AutoModelForCausalLM.from_config(tiny_text_config("qwen3")).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = text_model(input_ids=ids).logits
+    model, _ = from_text_llm(text_model, tokenizer, audio_config={"conv_channels": 8, "hidden_size": 16})
+    assert not model.training
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    with pytest.raises(ValueError, match="num_mel_bins"):
+        from_text_llm(text_model, tokenizer, audio_config={"num_mel_bins": 40})
+
+
+# --- Trainer ------------------------------------------------------------------------------------------------------------
+
+
+def test_trainer_trains_saves_and_resumes(tiny, speech_clips, tmp_path):
+    model, processor = tiny
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2),
+        train_dataset=examples_of(speech_clips[:8]),
+        eval_dataset=examples_of(speech_clips[8:12]),
+        data_collator=TranscriptionCollator(processor),
+        processing_class=processor,
+    )
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert torch.isfinite(torch.tensor([float(loss) for loss in losses])).all()
+    assert trainer.evaluate()["eval_loss"] > 0
+    checkpoint = tmp_path / "checkpoint-4"
+    assert AutoProcessor.from_pretrained(checkpoint).audio_token == processor.audio_token
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(checkpoint).eval()
+    batch = TranscriptionCollator(processor)(examples_of(speech_clips[:2]))
+    torch.testing.assert_close(loaded(**batch).loss, model.eval()(**batch).loss)
+    resumed = Trainer(
+        build_tiny(processor.tokenizer)[0],
+        arguments(tmp_path, max_steps=5),
+        train_dataset=examples_of(speech_clips[:8]),
+        data_collator=TranscriptionCollator(processor),
+    )
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 5
+
+
+def test_the_statistics_are_saved_and_not_trained(tiny, tmp_path):
+    model, _ = tiny
+    assert not any("normalizer" in name for name, _ in model.named_parameters())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    assert loaded.model.audio_embedder.normalizer.global_mean[0] == 12
+
+
+def test_seq2seq_trainer_never_sees_the_reference(tiny, speech_clips, tmp_path):
+    model, processor = tiny
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["predictions"] = prediction.predictions
+        seen["longest"] = max((row != 0).sum() for row in prediction.predictions)  # the trainer pads
+        return {"count": float(len(prediction.predictions))}
+
+    trainer = Seq2SeqTrainer(
+        model,
+        arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=9),
+        eval_dataset=examples_of(speech_clips[:4]),
+        data_collator=TranscriptionCollator(processor),
+        compute_metrics=compute_metrics,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_count"] == 4 and 0 < seen["longest"] <= 9
+    swapped = [{**example, "text": "Something else."} for example in examples_of(speech_clips[:4])]
+    before = seen["predictions"]
+    trainer.evaluate(swapped)
+    assert (seen["predictions"] == before).all()  # the labels of the batch had no part in what was written
+
+
+def test_compute_metrics_on_logits(tiny, speech_clips, tmp_path):
+    model, processor = tiny
+    shapes = []
+    trainer = Trainer(
+        model,
+        arguments(tmp_path),
+        eval_dataset=examples_of(speech_clips[:3]),
+        data_collator=TranscriptionCollator(processor),
+        compute_metrics=lambda prediction: (
+            shapes.append((prediction.predictions.shape[:2], prediction.label_ids.shape)) or {}
+        ),
+    )
+    trainer.evaluate()
+    assert shapes[0][0] == shapes[0][1]
+
+
+# --- PEFT ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_lora_trains_and_comes_back_with_the_new_modules(tiny_folder, speech_clips, tmp_path, task_type):
+    peft = pytest.importorskip("peft")
+    processor = AutoProcessor.from_pretrained(tiny_folder)
+    base = AutoModelForSpeechSeq2Seq.from_pretrained(tiny_folder)
+    config = peft.LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        modules_to_save=["audio_embedder", "multi_modal_projector"],
+        task_type=task_type,
+    )
+    model = peft.get_peft_model(base, config)
+    touched = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("audio_embedder" in name for name in touched) and any("lora_A" in name for name in touched)
+    assert not any("embed_tokens" in name or "lm_head" in name for name in touched)
+    trainer = Trainer(
+        model,
+        arguments(tmp_path / "run", learning_rate=1e-2),
+        train_dataset=examples_of(speech_clips[:8]),
+        data_collator=TranscriptionCollator(processor),
+    )
+    trainer.train()
+    model.eval()
+    audio = processor(audio=[clip["array"] for clip in speech_clips[:2]])
+    batch = TranscriptionCollator(processor)(examples_of(speech_clips[:2]))
+    expected = model(**batch).loss
+    tokens = model.generate(**audio, max_new_tokens=10)
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = peft.PeftModel.from_pretrained(
+        AutoModelForSpeechSeq2Seq.from_pretrained(tiny_folder), tmp_path / "adapter"
+    ).eval()
+    found = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "adapter").eval()
+    merged = fresh.merge_and_unload()
+    for other in (found, merged):
+        torch.testing.assert_close(other(**batch).loss, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(other.generate(**audio, max_new_tokens=10), tokens)
+
+
+# --- reading real speech ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(speech_clips, tmp_path_factory):
+    """A small model that has learnt a few recordings by heart."""
+    clips = sorted(speech_clips, key=lambda clip: clip["duration"])[:8]
+    set_seed(0)
+    tokenizer = train_tokenizer([clip["text"] for clip in clips], vocab_size=300)
+    small = MelLLMConfig.from_preset(
+        "small",
+        vocab_size=len(tokenizer),
+        text_config={"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4},
+        audio_config={"conv_channels": 32, "hidden_size": 128},
+    )
+    model, processor = from_text_llm(
+        small.text_config, tokenizer, audio_config=small.audio_config, transcription_instruction=""
+    )
+    examples = examples_of(clips)
+    features = [processor(example["audio"])["input_features"][0] for example in examples]
+    model.model.set_feature_statistics(*compute_feature_statistics(features))
+    folder = tmp_path_factory.mktemp("trained")
+    Trainer(
+        model,
+        arguments(
+            folder / "run", per_device_train_batch_size=4, max_steps=120, learning_rate=1e-3,
+            lr_scheduler_type="cosine", warmup_steps=20, logging_steps=1000,
+        ),
+        train_dataset=examples,
+        data_collator=TranscriptionCollator(processor),
+    ).train()  # fmt: skip
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return str(folder / "model"), clips
+
+
+def test_recordings_learnt_are_read_without_an_error(trained):
+    """WER 0 through the stock pipeline, batched and not, from the saved folder."""
+    folder, clips = trained
+    recogniser = pipeline("automatic-speech-recognition", model=folder)
+    arrays = [clip["array"] for clip in clips]
+    expected = [clip["text"] for clip in clips]
+    assert [result["text"] for result in recogniser(arrays, batch_size=8)] == expected
+    assert [recogniser(array)["text"] for array in arrays] == expected
+    beams = recogniser(arrays, batch_size=4, generate_kwargs={"num_beams": 5})
+    assert [result["text"] for result in beams] == expected
+
+
+def test_it_listens(trained):
+    """The words come from the sound: silence gives none, and each recording its own."""
+    folder, clips = trained
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+    quiet = [clip["array"] * 0.0 for clip in clips]
+    texts = processor.batch_decode(model.generate(**processor(audio=quiet)), skip_special_tokens=True)
+    assert texts == [""] * len(clips)
+    louder = [clip["array"] * 1.1 for clip in clips]
+    texts = processor.batch_decode(model.generate(**processor(audio=louder)), skip_special_tokens=True)
+    assert texts == [clip["text"] for clip in clips]
+
+
+def test_bfloat16_reads_the_same(trained):
+    folder, clips = trained
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    ids = model.generate(**processor(audio=[clip["array"] for clip in clips]))
+    assert processor.batch_decode(ids, skip_special_tokens=True) == [clip["text"] for clip in clips]
+
+
+def test_command_line(trained, tmp_path):
+    from typer.testing import CliRunner
+
+    from mel_llm.cli import app
+
+    folder, clips = trained
+    runner = CliRunner()
+    result = runner.invoke(app, ["transcribe", clips[0]["path"], "--model", folder])
+    assert result.exit_code == 0 and result.stdout.strip() == clips[0]["text"]
+    broken = tmp_path / "broken.wav"
+    broken.write_text("not audio")
+    result = runner.invoke(app, ["transcribe", clips[0]["path"], str(broken), clips[1]["path"], "--model", folder])
+    assert result.exit_code == 1
+    assert clips[0]["text"] in result.stdout and clips[1]["text"] in result.stdout
+    assert "broken.wav" in result.stderr

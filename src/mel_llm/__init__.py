@@ -1,0 +1,31 @@
+"""Mel-LLM and SPECTRON in Hugging Face transformers: language models that read and write spectrograms.
+
+Importing this package is all it takes for `AutoModelForSpeechSeq2Seq`, `AutoProcessor`, `pipeline(...)`, `Trainer`
+and PEFT to work with a Mel-LLM checkpoint.
+"""
+
+from .audio_utils_mel_llm import load_audio
+from .configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMSpeechConfig, MelLLMVocoderConfig
+from .feature_extraction_mel_llm import MelLLMFeatureExtractor
+from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel, MelLLMPreTrainedModel
+from .processing_mel_llm import MelLLMProcessor
+from .registration import register
+
+
+__version__ = "0.1.0"
+
+register()
+
+__all__ = [
+    "MelLLMAudioConfig",
+    "MelLLMConfig",
+    "MelLLMFeatureExtractor",
+    "MelLLMForSpeechSeq2Seq",
+    "MelLLMModel",
+    "MelLLMPreTrainedModel",
+    "MelLLMProcessor",
+    "MelLLMSpeechConfig",
+    "MelLLMVocoderConfig",
+    "load_audio",
+    "register",
+]

@@ -1,0 +1,464 @@
+"""Configuration of Mel-LLM: the audio front end, the text backbone, and (optionally) the speech head and the vocoder.
+
+This is the first module that both the installed package and a Hub repository's remote code import, so it is also the
+place that announces the model to the two static name tables that clients of transformers consult (see the end).
+
+Where each default comes from is said field by field: "paper" is what the Mel-LLM paper or the model it builds on
+states, "ours" is a choice of this package.
+"""
+
+import math
+from numbers import Real
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+
+# What a size in an untrusted config.json may at most be. Far above any real model, far below what would exhaust a
+# machine's memory through one mistyped digit.
+_MAX_SIZE = 1 << 20
+
+
+def _fail(owner: str, name: str, value: Any, expected: str) -> None:
+    raise ValueError(f"{owner}: `{name}` must be {expected}, got {value!r}.")
+
+
+def _check_int(config: PreTrainedConfig, name: str, minimum: int = 1, maximum: int = _MAX_SIZE) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        _fail(type(config).__name__, name, value, f"an integer from {minimum} to {maximum}")
+
+
+def _check_number(
+    config: PreTrainedConfig, name: str, minimum: float = -math.inf, maximum: float = math.inf, optional: bool = False
+) -> None:
+    value = getattr(config, name)
+    if optional and value is None:
+        return
+    if not isinstance(value, Real) or isinstance(value, bool) or not minimum <= value <= maximum:
+        _fail(type(config).__name__, name, value, f"a number from {minimum} to {maximum}")
+
+
+def _check_choice(config: PreTrainedConfig, name: str, choices: tuple) -> None:
+    value = getattr(config, name)
+    # `value not in choices` alone would let True pass for 1
+    if isinstance(value, bool) or value not in choices:
+        _fail(type(config).__name__, name, value, f"one of {', '.join(map(repr, choices))}")
+
+
+def _check_bool(config: PreTrainedConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, bool):
+        _fail(type(config).__name__, name, value, "True or False")
+
+
+class MelLLMAudioConfig(PreTrainedConfig):
+    r"""The way from log-mel frames to tokens of the language model.
+
+    Args:
+        num_mel_bins (`int`, defaults to 80): Mel bins per frame (paper).
+        sampling_rate (`int`, defaults to 16000): Hz of the waveform that the frames were made from (paper).
+        hop_length (`int`, defaults to 160): Samples between two frames; `sampling_rate / hop_length` frames a second
+            (paper: 100 Hz).
+        embedder_type (`str`, defaults to `"conv"`): `"conv"` is the depthwise-separable convolution stem of
+            Phi-4-multimodal ("NeMoConv", paper); `"linear"` stacks `reduction_factor` frames and leaves the rest to
+            the projector (the abstract's plain linear patches).
+        reduction_factor (`int`, defaults to 8): Frames per audio token, a power of two up to 16. 8 gives 12.5 tokens
+            a second (paper); 1 disables the convolution, as in the paper's 100 Hz variant.
+        conv_channels (`int`, defaults to 1024): Channels of the convolutions (paper).
+        conv_activation (`str`, defaults to `"relu"`): Activation between the convolutions (paper).
+        hidden_size (`int`, defaults to 1024): Width of the stem's output (paper).
+        projector_type (`str`, defaults to `"mlp"`): `"mlp"` is Linear, activation, Linear (paper); `"linear"` one
+            Linear.
+        projector_activation (`str`, defaults to `"gelu"`): Activation inside the projector (paper).
+        projector_dropout (`float`, defaults to 0.0): Dropout on the projected tokens (Phi-4-multimodal's `embd_pdrop`).
+        encoder_type (`str`, defaults to `"none"`): `"none"` is Mel-LLM. `"conformer"` puts Phi-4-multimodal's speech
+            encoder between stem and projector: the paper's encoder baselines.
+        encoder_config (`dict`, *optional*): Fields of `Phi4MultimodalAudioConfig` for `encoder_type="conformer"`.
+        bidirectional_attention (`bool`, defaults to `False`): Let the audio tokens of one clip see each other in both
+            directions inside the language model (ours; the paper's attention is causal).
+        max_source_positions (`int`, defaults to 3750): Most audio tokens that one clip is expected to have (300 s at
+            the default rate). Serving engines plan their memory with it; longer clips are not refused (ours).
+        silence_threshold (`float`, *optional*, defaults to 9.0): A clip whose loudest frame has a mean log-mel below
+            this is silent: `generate()` gives it an empty transcript. In the units of the features; the default is
+            for the `phi4` features, where digital silence is 0, white noise at -72 dBFS some 8.5 and speech 10 to 20.
+            `None` turns it off (ours).
+        initializer_range (`float`, defaults to 0.02): Standard deviation for modules without an initialisation of
+            their own.
+    """
+
+    model_type = "mel_llm_audio"
+    base_config_key = "audio_config"
+
+    num_mel_bins: int = 80
+    sampling_rate: int = 16000
+    hop_length: int = 160
+    embedder_type: str = "conv"
+    reduction_factor: int = 8
+    conv_channels: int = 1024
+    conv_activation: str = "relu"
+    hidden_size: int = 1024
+    projector_type: str = "mlp"
+    projector_activation: str = "gelu"
+    projector_dropout: float = 0.0
+    encoder_type: str = "none"
+    encoder_config: dict | None = None
+    bidirectional_attention: bool = False
+    max_source_positions: int = 3750
+    silence_threshold: float | None = 9.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        for name in ("num_mel_bins", "sampling_rate", "hop_length", "conv_channels", "hidden_size"):
+            _check_int(self, name)
+        _check_int(self, "max_source_positions", maximum=1 << 30)
+        _check_choice(self, "embedder_type", ("conv", "linear"))
+        _check_choice(self, "reduction_factor", (1, 2, 4, 8, 16))
+        _check_choice(self, "projector_type", ("mlp", "linear"))
+        _check_choice(self, "encoder_type", ("none", "conformer"))
+        _check_number(self, "projector_dropout", 0.0, 1.0)
+        _check_number(self, "silence_threshold", optional=True)
+        _check_bool(self, "bidirectional_attention")
+        if self.encoder_type == "conformer" and not self.has_conv:
+            _fail(
+                type(self).__name__,
+                "encoder_type",
+                self.encoder_type,
+                '"none" unless `embedder_type="conv"` and `reduction_factor` >= 2 (the encoder follows the convolution)',
+            )
+        if self.encoder_type == "none" and self.encoder_config is not None:
+            _fail(type(self).__name__, "encoder_config", self.encoder_config, 'None while `encoder_type="none"`')
+        super().__post_init__(**kwargs)
+
+    @property
+    def has_conv(self) -> bool:
+        """Whether the stem convolves; without it, frames are stacked and go to the projector as they are."""
+        return self.embedder_type == "conv" and self.reduction_factor > 1
+
+    @property
+    def embedder_size(self) -> int:
+        """Width of what the stem hands to the projector."""
+        return self.hidden_size if self.has_conv else self.reduction_factor * self.num_mel_bins
+
+    @property
+    def frame_rate(self) -> float:
+        """Mel frames per second."""
+        return self.sampling_rate / self.hop_length
+
+    def num_audio_tokens(self, num_frames):
+        """Audio tokens for a number of frames: `ceil(frames / reduction_factor)`, for an `int` or a tensor (paper)."""
+        return (num_frames + self.reduction_factor - 1) // self.reduction_factor
+
+
+class MelLLMSpeechConfig(PreTrainedConfig):
+    r"""The head that writes mel patches. A checkpoint without one only reads.
+
+    The defaults are the objective that the Mel-LLM paper states (KL 0.05, flux 0.5, stop 1.0, dropout 0.5); the sizes
+    are those of MELLE, whose head it is; the reduction factor is the audio config's, which the paper leaves open.
+
+    Args:
+        head_type (`str`, defaults to `"vae"`): `"vae"` (Mel-LLM), `"sigma_vae"` or `"deterministic"` (SPECTRON).
+        head_hidden_size (`int`, defaults to 256): Width of the residual MLP (MELLE).
+        postnet_layers (`int`, defaults to 5), postnet_channels (`int`, defaults to 256), postnet_kernel_size (`int`,
+            defaults to 5): The convolutional post-net (MELLE); 0 layers leave it out.
+        history_dropout (`float`, defaults to 0.5): Dropout on the embedded history, in training and inference (paper).
+        share_embed (`bool`, defaults to `True`): Embed the history with the reading side's stem (ours) instead of a
+            pre-net of its own.
+        prenet_hidden_size (`int`, defaults to 256): Width of that pre-net.
+        kl_weight (`float`, defaults to 0.05), kl_prior (`str`, defaults to `"target"`), kl_warmup_steps (`int`,
+            defaults to 10000): The KL term: weight (paper), prior N(target, I) (MELLE) or `"standard"` N(0, I), and
+            steps at weight 0 (MELLE).
+        flux_weight (`float`, defaults to 0.5), flux_type (`str`, defaults to `"absolute"`): The spectrogram flux term:
+            weight (paper), and `"absolute"` (MELLE) or `"clipped"` (ours).
+        stop_weight (`float`, defaults to 1.0), stop_positive_weight (`float`, defaults to 100.0): The stop term
+            (paper; MELLE).
+        delta_weight (`float`, defaults to 0.0), delta_lags (`int`, defaults to 2): SPECTRON's difference terms.
+    """
+
+    model_type = "mel_llm_speech"
+    base_config_key = "speech_config"
+
+    head_type: str = "vae"
+    head_hidden_size: int = 256
+    postnet_layers: int = 5
+    postnet_channels: int = 256
+    postnet_kernel_size: int = 5
+    history_dropout: float = 0.5
+    share_embed: bool = True
+    prenet_hidden_size: int = 256
+    kl_weight: float = 0.05
+    kl_prior: str = "target"
+    kl_warmup_steps: int = 10000
+    flux_weight: float = 0.5
+    flux_type: str = "absolute"
+    stop_weight: float = 1.0
+    stop_positive_weight: float = 100.0
+    delta_weight: float = 0.0
+    delta_lags: int = 2
+
+    def __post_init__(self, **kwargs):
+        _check_choice(self, "head_type", ("vae", "sigma_vae", "deterministic"))
+        for name in (
+            "head_hidden_size",
+            "postnet_channels",
+            "postnet_kernel_size",
+            "prenet_hidden_size",
+            "delta_lags",
+        ):
+            _check_int(self, name)
+        _check_int(self, "postnet_layers", minimum=0)
+        _check_int(self, "kl_warmup_steps", minimum=0, maximum=1 << 31)
+        _check_bool(self, "share_embed")
+        _check_choice(self, "kl_prior", ("target", "standard"))
+        _check_choice(self, "flux_type", ("absolute", "clipped"))
+        _check_number(self, "history_dropout", 0.0, 1.0)
+        for name in ("kl_weight", "flux_weight", "stop_weight", "stop_positive_weight", "delta_weight"):
+            _check_number(self, name, 0.0)
+        super().__post_init__(**kwargs)
+
+
+class MelLLMVocoderConfig(PreTrainedConfig):
+    r"""What turns mel frames into a waveform. Which vocoder is the checkpoint's choice; none is stated by the paper
+    beyond HiFi-GAN.
+
+    Args:
+        vocoder_type (`str`, defaults to `"griffin_lim"`): `"griffin_lim"`, `"hifigan"` or `"istft"`.
+        sampling_rate (`int`, defaults to 16000): Hz of the waveform it makes.
+        vocoder_kwargs (`dict`, *optional*): Fields of the chosen vocoder's own configuration.
+    """
+
+    model_type = "mel_llm_vocoder"
+    base_config_key = "vocoder_config"
+
+    vocoder_type: str = "griffin_lim"
+    sampling_rate: int = 16000
+    vocoder_kwargs: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        _check_choice(self, "vocoder_type", ("griffin_lim", "hifigan", "istft"))
+        _check_int(self, "sampling_rate")
+        if self.vocoder_kwargs is not None and not isinstance(self.vocoder_kwargs, dict):
+            _fail(type(self).__name__, "vocoder_kwargs", self.vocoder_kwargs, "a dict or None")
+        super().__post_init__(**kwargs)
+
+
+def _phi4_mini_text_config() -> PreTrainedConfig:
+    """The paper's backbone, Phi-4-Mini. Its LongRoPE factors come with its checkpoint, so this stays at 4k positions."""
+    return AutoConfig.for_model(
+        "phi3",
+        vocab_size=200064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        tie_word_embeddings=True,
+        bos_token_id=199999,
+        eos_token_id=[199999, 200020],
+        pad_token_id=199999,
+    )
+
+
+# Phi-4-multimodal marks the place of audio with the spare token <|endoftext11|>
+_PHI4_AUDIO_TOKEN_ID = 200011
+
+
+class MelLLMConfig(PreTrainedConfig):
+    r"""Configuration of a Mel-LLM. `MelLLMConfig()` is the paper's model.
+
+    Args:
+        audio_config (`MelLLMAudioConfig` or `dict`, *optional*): From log-mel frames to audio tokens.
+        text_config (`PreTrainedConfig` or `dict`, *optional*): Any decoder-only model that `AutoModel` knows; a dict
+            names its `model_type`. Phi-4-Mini by default (paper).
+        speech_config (`MelLLMSpeechConfig` or `dict`, *optional*): The speech head; `None` for a model that only reads.
+        vocoder_config (`MelLLMVocoderConfig` or `dict`, *optional*): The vocoder; `None` for a model without one.
+        audio_token_id (`int`, *optional*): The token whose place in the text an audio token takes. Must be given
+            unless `text_config` is left out.
+        prompt_prefix_ids (`list[int]`), prompt_suffix_ids (`list[int]`): Token ids around the audio in the default
+            prompt. The model has no tokenizer, and stock speech recognition clients pass it nothing but audio, so the
+            default prompt lies here; [`MelLLMProcessor.default_prompt_ids`] makes it from the tokenizer's template.
+        max_text_tokens_per_second (`float`, defaults to 25.0): Transcripts made from audio alone are cut after this
+            many tokens per second of audio plus a constant of 16. English is spoken at some 4 (words) to 15
+            (characters) tokens a second (ours).
+        pad_token_id, bos_token_id, eos_token_id: As in any config; taken from `text_config` when not given.
+        response_eos_token_id (`int`, *optional*): The token that ends the model's answer: appended to transcripts in
+            training. When not given, `eos_token_id`, or the last of several (the end of the assistant's turn in
+            Phi-4's and Llama 3's configs).
+        decoder_start_token_id (`int`, *optional*): Not used by the model. Training scripts written for Whisper ask
+            for it; the beginning-of-sequence id when not given.
+        tie_word_embeddings (`bool`, *optional*): Whether the output layer shares the input embeddings; taken from
+            `text_config` when not given.
+
+    Raises:
+        ValueError: A field has a value that no model can be built from; the message names the field.
+
+    Example:
+
+    ```python
+    >>> from mel_llm import MelLLMConfig
+
+    >>> config = MelLLMConfig.from_preset("small", vocab_size=512, audio_token_id=3, eos_token_id=2)
+    >>> config.audio_config.num_audio_tokens(100)
+    25
+    ```
+    """
+
+    model_type = "mel_llm"
+    sub_configs: ClassVar[dict] = {
+        "audio_config": MelLLMAudioConfig,
+        "text_config": AutoConfig,
+        "speech_config": MelLLMSpeechConfig,
+        "vocoder_config": MelLLMVocoderConfig,
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "audio_hidden_states"]
+    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "small")
+
+    audio_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    speech_config: dict | PreTrainedConfig | None = None
+    vocoder_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int | None = None
+    prompt_prefix_ids: list[int] | None = None
+    prompt_suffix_ids: list[int] | None = None
+    max_text_tokens_per_second: float = 25.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    response_eos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None and self.audio_token_id is None:
+            self.audio_token_id = _PHI4_AUDIO_TOKEN_ID
+        self.text_config = self._build_text_config(self.text_config)
+        self.audio_config = self._build_sub_config("audio_config", MelLLMAudioConfig, default=True)
+        self.speech_config = self._build_sub_config("speech_config", MelLLMSpeechConfig)
+        self.vocoder_config = self._build_sub_config("vocoder_config", MelLLMVocoderConfig)
+
+        vocab_size = self.text_config.vocab_size
+        if self.audio_token_id is None:
+            _fail(type(self).__name__, "audio_token_id", None, "given together with `text_config`")
+        _check_int(self, "audio_token_id", minimum=0, maximum=vocab_size - 1)
+        for name in ("prompt_prefix_ids", "prompt_suffix_ids"):
+            ids = getattr(self, name) or []
+            valid = isinstance(ids, list | tuple) and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids)
+            if not valid:
+                _fail(type(self).__name__, name, ids, f"a list of token ids from 0 to {vocab_size - 1}")
+            setattr(self, name, list(ids))
+        _check_number(self, "max_text_tokens_per_second", 0.0)
+
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.text_config, name, None))
+        eos_ids = self.eos_token_id if isinstance(self.eos_token_id, list | tuple) else [self.eos_token_id]
+        first_eos = eos_ids[0]
+        if self.response_eos_token_id is None:
+            self.response_eos_token_id = eos_ids[-1]
+        if self.pad_token_id is None:
+            self.pad_token_id = first_eos
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.bos_token_id if self.bos_token_id is not None else first_eos
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+
+    @staticmethod
+    def _build_text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+        if value is None:
+            return _phi4_mini_text_config()
+        if isinstance(value, dict):
+            fields = dict(value)
+            model_type = fields.pop("model_type", None)
+            if not isinstance(model_type, str):
+                _fail("MelLLMConfig", "text_config", value, 'a dict with a "model_type" such as "llama"')
+            try:
+                value = AutoConfig.for_model(model_type, **fields)
+            except ValueError as error:
+                raise ValueError(f"MelLLMConfig: `text_config` cannot be built: {error}") from error
+        # Duck-typed on purpose: remote code loads this module more than once, so classes differ by identity.
+        if not hasattr(value, "to_dict"):
+            _fail("MelLLMConfig", "text_config", value, "a config or a dict")
+        # A multimodal backbone's config (Gemma 3, Llama 4, ...) carries the language model's as a part.
+        value = value.get_text_config(decoder=True)
+        if not hasattr(value, "vocab_size") or getattr(value, "is_encoder_decoder", False):
+            _fail("MelLLMConfig", "text_config", value.model_type, "the config of a decoder-only language model")
+        return value
+
+    def _build_sub_config(self, name: str, config_class: type, default: bool = False) -> PreTrainedConfig | None:
+        value = getattr(self, name)
+        if value is None:
+            return config_class() if default else None
+        if isinstance(value, dict):
+            return config_class(**{key: item for key, item in value.items() if key != "model_type"})
+        if getattr(value, "model_type", None) != config_class.model_type:
+            _fail(type(self).__name__, name, value, f"a {config_class.__name__} or a dict of its fields")
+        return value
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "MelLLMConfig":
+        """A ready configuration: `"paper"` is Mel-LLM as published, `"small"` trains on a CPU (ours).
+
+        Args:
+            name (`str`): One of `MelLLMConfig.PRESETS`.
+            overrides: Fields of the config to replace. For `"small"`, also `vocab_size` and any field of the Llama
+                backbone's config through `text_config` (a dict), and of the audio config through `audio_config`.
+
+        Raises:
+            ValueError: There is no preset of that name.
+        """
+        if name == "paper":
+            return cls(**overrides)
+        if name == "small":
+            vocab_size = overrides.pop("vocab_size", 512)
+            special = {key: overrides.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            text_config = {
+                "model_type": "llama",
+                "vocab_size": vocab_size,
+                "hidden_size": 256,
+                "intermediate_size": 688,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 4096,
+                "tie_word_embeddings": True,
+                **{key: value for key, value in special.items() if value is not None},
+                **(overrides.pop("text_config", None) or {}),
+            }
+            audio_config = {
+                "reduction_factor": 4,
+                "conv_channels": 64,
+                "hidden_size": 256,
+                **(overrides.pop("audio_config", None) or {}),
+            }
+            overrides.setdefault("audio_token_id", text_config["vocab_size"] - 1)
+            return cls(text_config=text_config, audio_config=audio_config, **overrides)
+        raise ValueError(f"MelLLMConfig.from_preset: `name` must be one of {', '.join(cls.PRESETS)}, got {name!r}.")
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        return self.text_config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
+
+
+# `AutoModelFor....register` fills the mappings keyed by config class, but two clients look into the static tables of
+# names instead: the speech recognition pipeline (which would otherwise take the model for a CTC one and return
+# garbage without an error) and `transformers serve`. Only keys of known config types are ever walked, so an entry
+# here has no other effect.
+for _names in (
+    modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+):
+    _names.setdefault(MelLLMConfig.model_type, "MelLLMForSpeechSeq2Seq")
+
+
+__all__ = ["MelLLMAudioConfig", "MelLLMConfig", "MelLLMSpeechConfig", "MelLLMVocoderConfig"]

@@ -1,0 +1,6 @@
+"""Making a Mel-LLM out of other models."""
+
+from .text_llm import find_spare_token, from_text_llm
+
+
+__all__ = ["find_spare_token", "from_text_llm"]

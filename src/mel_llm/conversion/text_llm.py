@@ -1,0 +1,132 @@
+"""A text language model becomes an untrained Mel-LLM: new audio embedder and projector, everything else kept."""
+
+import re
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
+from ..feature_extraction_mel_llm import MelLLMFeatureExtractor
+from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
+from ..processing_mel_llm import MelLLMProcessor
+
+
+# Special tokens that models keep in reserve, by family. Reusing one leaves the vocabulary, and with it every adapter
+# and every server that checks sizes, as it was.
+_SPARE_TOKENS = (
+    r"<\|audio\|>",
+    r"<\|reserved_special_token_\d+\|>",  # Llama 3
+    r"<\|endoftext1\d\|>",  # Phi-4, whose multimodal sibling uses <|endoftext11|>
+    r"<\|placeholder\d+\|>",  # Phi-3
+    r"<unused\d+>",  # Gemma
+    r"<SPECIAL_\d+>",  # Mistral
+    r"\[control_\d+\]",  # Mistral
+    r"<\|fim_pad\|>",  # Qwen
+    r"<empty_output>",  # SmolLM2
+)
+
+
+def find_spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token of the tokenizer that no text uses, to stand for audio; `None` if it keeps none in reserve."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    in_use = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    for pattern in _SPARE_TOKENS:
+        for token in special:
+            if re.fullmatch(pattern, token) and token not in in_use:
+                return token
+    return None
+
+
+def from_text_llm(
+    text_model: PreTrainedModel | PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    audio_config: MelLLMAudioConfig | dict | None = None,
+    feature_extractor: MelLLMFeatureExtractor | None = None,
+    transcription_instruction: str | None = None,
+    chat_template: str | None = None,
+    **config_overrides,
+) -> tuple[MelLLMForSpeechSeq2Seq, MelLLMProcessor]:
+    r"""Builds a Mel-LLM around a text language model, with its processor.
+
+    Args:
+        text_model: A causal language model, whose modules are taken over (not copied); or its config, for a model
+            with random weights.
+        tokenizer: Its tokenizer. Gets a padding token if it has none, and the token `<|audio|>` if it has no special
+            token to spare.
+        audio_config: Fields of [`MelLLMAudioConfig`]; the paper's by default.
+        feature_extractor: By default the one that fits the audio config (the paper's features).
+        transcription_instruction (`str`, *optional*): What the default prompt asks for. An empty string suits a model
+            that is trained from scratch for nothing else.
+        chat_template (`str`, *optional*): For the processor; made from the tokenizer's by default.
+        config_overrides: Fields of [`MelLLMConfig`].
+
+    Returns:
+        The model, untrained where it is new, and the processor. Normalisation statistics of the features are not set:
+        see [`MelLLMModel.set_feature_statistics`].
+
+    Raises:
+        ValueError: The tokenizer has no end-of-sequence token, or a config is not valid.
+    """
+    if tokenizer.eos_token is None:
+        raise ValueError("`tokenizer` has no end-of-sequence token, so the model could never end a transcript.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    audio_token = find_spare_token(tokenizer)
+    if audio_token is None:
+        audio_token = "<|audio|>"
+        tokenizer.add_tokens([audio_token], special_tokens=True)
+
+    if audio_config is None:
+        audio_config = MelLLMAudioConfig()
+    elif isinstance(audio_config, dict):
+        audio_config = MelLLMAudioConfig(**audio_config)
+    if feature_extractor is None:
+        feature_extractor = MelLLMFeatureExtractor.from_preset("phi4")
+    for name in ("num_mel_bins", "sampling_rate", "hop_length"):
+        ours, theirs = getattr(audio_config, name), getattr(feature_extractor, name)
+        if ours != theirs:
+            raise ValueError(f"`audio_config` has {name} {ours}, but `feature_extractor` has {theirs}.")
+    instruction = {} if transcription_instruction is None else {"transcription_instruction": transcription_instruction}
+    processor = MelLLMProcessor(
+        feature_extractor,
+        tokenizer,
+        chat_template=chat_template,
+        audio_token=audio_token,
+        reduction_factor=audio_config.reduction_factor,
+        **instruction,
+    )
+
+    if isinstance(text_model, PreTrainedConfig):
+        text_model = AutoModelForCausalLM.from_config(text_model)
+    if text_model.get_input_embeddings().num_embeddings < len(tokenizer):
+        text_model.resize_token_embeddings(len(tokenizer))
+
+    prefix, suffix = processor.default_prompt_ids()
+    generation_config = text_model.generation_config
+    fields = {
+        "eos_token_id": tokenizer.eos_token_id if generation_config is None else generation_config.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "response_eos_token_id": processor.response_eos_token_id(),
+        "prompt_prefix_ids": prefix,
+        "prompt_suffix_ids": suffix,
+        **config_overrides,
+    }
+    if fields["eos_token_id"] is None:
+        fields["eos_token_id"] = tokenizer.eos_token_id
+    # A model's own end tokens need not contain the one that its tokenizer's template closes an answer with
+    ends = fields["eos_token_id"] if isinstance(fields["eos_token_id"], list) else [fields["eos_token_id"]]
+    if fields["response_eos_token_id"] not in ends:
+        fields["eos_token_id"] = [*ends, fields["response_eos_token_id"]]
+    config = MelLLMConfig(
+        text_config=text_model.config.get_text_config(decoder=True),  # the model's own, so that changes reach it
+        audio_config=audio_config,
+        audio_token_id=processor.audio_token_id,
+        **fields,
+    )
+    model = MelLLMForSpeechSeq2Seq(config).to(text_model.dtype)
+    model.model.language_model = text_model.base_model
+    model.set_output_embeddings(text_model.get_output_embeddings())
+    return model.train(text_model.training), processor
+
+
+__all__ = ["find_spare_token", "from_text_llm"]

@@ -1,0 +1,316 @@
+"""Decoding for speech recognition: the default prompt, a token budget from the audio's length, and the two guards.
+
+Everything here is ours; the paper says nothing about decoding beyond the prompt of Phi-4-multimodal. The loop itself
+is transformers' own `generate`, so greedy search, beams, sampling, assisted decoding and streamers work as ever.
+"""
+
+import copy
+import math
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Tokens that a transcript may have beyond its rate per second: a word or two in a clip of a few frames
+_BUDGET_CONSTANT = 16
+
+# A transcript that ends in the same up to 16 tokens at least 8 times in a row, and that for at least 32 tokens, is a
+# loop and not speech.
+_LOOP_MAX_PERIOD = 16
+_LOOP_MIN_REPEATS = 8
+_LOOP_MIN_TOKENS = 32
+# Looking at every step would cost a small model more than its own step
+_LOOP_CHECK_EVERY = 8
+
+
+def _per_row(values: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Values per clip to values per row of a batch that beams or return sequences have widened."""
+    return values.repeat_interleave(num_rows // len(values))
+
+
+def _loop_period(tokens: torch.Tensor) -> torch.Tensor:
+    """`(rows, length)` token ids to the period of the loop that each row ends in, `(rows,)`; 0 where there is none."""
+    num_rows, length = tokens.shape
+    found = torch.zeros(num_rows, dtype=torch.long, device=tokens.device)
+    for period in range(1, _LOOP_MAX_PERIOD + 1):
+        span = max(_LOOP_MIN_TOKENS, _LOOP_MIN_REPEATS * period)
+        if span > length:
+            break
+        tail = tokens[:, length - span :]
+        repeats = (tail[:, period:] == tail[:, :-period]).all(dim=1)
+        found = torch.where((found == 0) & repeats, period, found)
+    return found
+
+
+class AudioBudgetCriteria(StoppingCriteria):
+    """Ends each row when it has as many tokens as its own clip can hold, whatever the rest of the batch does."""
+
+    def __init__(self, budgets: torch.Tensor, prompt_length: int):
+        self.budgets = budgets  # (clips,)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return input_ids.shape[1] - self.prompt_length >= _per_row(self.budgets, len(input_ids))
+
+
+class RepetitionLoopCriteria(StoppingCriteria):
+    """Ends each row that repeats itself: see the constants above."""
+
+    def __init__(self, prompt_length: int):
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        length = input_ids.shape[1] - self.prompt_length
+        if length < _LOOP_MIN_TOKENS or length % _LOOP_CHECK_EVERY:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        window = min(length, _LOOP_MIN_REPEATS * _LOOP_MAX_PERIOD)
+        return _loop_period(input_ids[:, -window:]) > 0
+
+
+class SilenceLogitsProcessor(LogitsProcessor):
+    """Leaves the rows of silent clips only the end-of-text token: an empty transcript."""
+
+    def __init__(self, silent: torch.Tensor, eos_token_id: int):
+        self.silent = silent  # (clips,)
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        only_eos = torch.full_like(scores[:1], -math.inf)
+        only_eos[:, self.eos_token_id] = 0.0
+        return torch.where(_per_row(self.silent, len(scores))[:, None], only_eos, scores)
+
+
+class MelLLMGenerationMixin(GenerationMixin):
+    """`generate` for the two ways of calling a Mel-LLM; see [`MelLLMForSpeechSeq2Seq`]."""
+
+    def _build_prompt(
+        self, input_features: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """The default prompt around each clip, padded on the left: `input_ids` and `attention_mask`, `(B, L)`.
+
+        A row is [padding, config.prompt_prefix_ids, n audio tokens, config.prompt_suffix_ids].
+        """
+        config = self.config
+        device = input_features.device
+        batch_size, num_frames = input_features.shape[:2]
+        lengths = torch.full((batch_size,), num_frames, device=device) if mask is None else mask.sum(-1)
+        num_tokens = config.audio_config.num_audio_tokens(lengths)
+        longest = int(num_tokens.max())
+        prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
+        row = torch.tensor([*prefix, *[config.audio_token_id] * longest, *suffix], device=device)
+        # Prefix and audio move to the right by what a clip is shorter than the longest; the suffix stays
+        position = torch.arange(len(row), device=device)
+        shifted = position - (longest - num_tokens)[:, None]
+        in_suffix = position >= len(row) - len(suffix)
+        attention_mask = (shifted >= 0) | in_suffix
+        input_ids = torch.where(in_suffix, row, row[shifted.clamp(min=0)])
+        input_ids = input_ids.masked_fill(~attention_mask, config.pad_token_id)
+        return input_ids, attention_mask.long()
+
+    def _audio_budgets(self, num_frames: torch.Tensor) -> torch.Tensor:
+        """The most tokens that a transcript of so many mel frames may have, `(clips,)`."""
+        seconds = num_frames / self.config.audio_config.frame_rate
+        return _BUDGET_CONSTANT + torch.ceil(seconds * self.config.max_text_tokens_per_second).long()
+
+    def _silent_clips(self, input_features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which clips never rise above `config.audio_config.silence_threshold`, `(clips,)`; None if none does not."""
+        threshold = self.config.audio_config.silence_threshold
+        if threshold is None:
+            return None
+        level = input_features.float().mean(-1)
+        if mask is not None:
+            level = level.masked_fill(mask == 0, -math.inf)
+        silent = level.amax(-1) < threshold
+        return silent if silent.any() else None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **kwargs,
+    ):
+        """Writes text. Takes everything that [`~transformers.GenerationMixin.generate`] takes.
+
+        * `generate(input_ids=..., input_features=..., input_features_mask=...)` continues a text with audio in it and
+          returns it with its continuation, like any decoder-only model.
+        * `generate(input_features, attention_mask=...)`, the features being `(batch, frames, num_mel_bins)`, puts the
+          default prompt around each clip and returns the transcripts alone. Here `max_new_tokens` and `max_length`
+          both count tokens of the transcript; each clip also has a budget of its own,
+          `config.max_text_tokens_per_second` times its duration plus 16 tokens; a transcript that falls into a loop
+          ends there, and the loop is cut to its first round; a silent clip gives an empty transcript.
+
+        Raises:
+            ValueError: What the forward pass raises for features or masks of the wrong shape.
+        """
+        if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
+            inputs, kwargs["input_features"] = None, inputs
+        audio_only = (
+            inputs is None
+            and kwargs.get("input_ids") is None
+            and kwargs.get("inputs_embeds") is None
+            and kwargs.get("input_features") is not None
+        )
+        if not audio_only:
+            return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
+        for name in ("input_ids", "inputs_embeds", "labels", "decoder_input_ids"):
+            kwargs.pop(name, None)
+        mask = kwargs.pop("attention_mask", None)
+        feature_mask = kwargs.pop("input_features_mask", None)
+        features, mask = self.model._check_features(
+            kwargs.pop("input_features"), mask if feature_mask is None else feature_mask
+        )
+        features = features.to(self.device)
+        mask = None if mask is None else mask.to(self.device)
+        input_ids, attention_mask = self._build_prompt(features, mask)
+        prompt_length = input_ids.shape[1]
+
+        num_frames = torch.full((len(features),), features.shape[1]) if mask is None else mask.sum(-1)
+        generation_config, min_new_tokens = self._transcript_lengths(
+            generation_config, kwargs, int(self._audio_budgets(num_frames).max())
+        )
+        budgets = self._audio_budgets(num_frames).clamp(min=min_new_tokens).to(input_ids.device)
+        self._warn_if_too_long(prompt_length + generation_config.max_new_tokens)
+        stopping_criteria = StoppingCriteriaList(
+            [*(stopping_criteria or []), AudioBudgetCriteria(budgets, prompt_length)]
+        )
+        logits_processor = LogitsProcessorList(logits_processor or [])
+        if min_new_tokens == 0:  # who asks for a number of tokens, as benchmarks do, gets it
+            stopping_criteria.append(RepetitionLoopCriteria(prompt_length))
+            silent = self._silent_clips(features, mask)
+            if silent is not None and self.config.response_eos_token_id is not None:
+                logits_processor.append(SilenceLogitsProcessor(silent, self.config.response_eos_token_id))
+
+        output = super().generate(
+            input_ids,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            attention_mask=attention_mask,
+            input_features=features,
+            input_features_mask=mask,
+            **kwargs,
+        )
+        if isinstance(output, torch.Tensor):
+            return self._cut_loops(output[:, prompt_length:], generation_config)
+        output["sequences"] = self._cut_loops(output["sequences"][:, prompt_length:], generation_config)
+        return output
+
+    def _transcript_lengths(
+        self, generation_config: GenerationConfig | None, kwargs: dict, budget: int
+    ) -> tuple[GenerationConfig, int]:
+        """A generation config whose limits count tokens of the transcript and keep to the audio's budget, and the
+        least number of tokens asked for. Takes what belongs to the config out of `kwargs`."""
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+
+        def limit(name: str, total_name: str):
+            new, total = kwargs.pop(name, None), kwargs.pop(total_name, None)
+            if new is None:
+                new = total
+            if new is None:
+                new = getattr(config, name)
+            return getattr(config, total_name) if new is None else new
+
+        longest = limit("max_new_tokens", "max_length")
+        least = limit("min_new_tokens", "min_length") or 0
+        budget = max(budget, least)
+        config.max_new_tokens = budget if longest is None else min(longest, budget)
+        config.min_new_tokens = least or None
+        config.max_length = config.min_length = None
+        # The library wants its arguments in the config or beside it, not in both
+        rest = config.update(**kwargs)
+        kwargs.clear()
+        kwargs.update(rest)
+        return config, least
+
+    def _warn_if_too_long(self, num_tokens: int) -> None:
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and num_tokens > limit:
+            logger.warning_once(
+                f"Audio, prompt and transcript may need {num_tokens} tokens, but the language model was made for "
+                f"{limit}. Cut the audio into shorter pieces, or expect errors in the transcript."
+            )
+
+    def _cut_loops(self, sequences: torch.LongTensor, generation_config: GenerationConfig) -> torch.LongTensor:
+        """Keeps the first round of a loop that a transcript ended in, and pads the rest away."""
+        pad = self.config.pad_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
+        ends = torch.tensor([pad, *self._eos_token_ids(generation_config)], device=sequences.device)
+        lengths = sequences.shape[1] - torch.isin(sequences, ends).flip(1).long().cumprod(1).sum(1)
+        cut = sequences
+        for row, length in enumerate(lengths.tolist()):
+            if length < _LOOP_MIN_TOKENS:
+                continue
+            tokens = sequences[row, :length]
+            period = int(_loop_period(tokens[None]))
+            if period:
+                same = (tokens[period:] == tokens[:-period]).flip(0).long().cumprod(0).sum()
+                cut = cut.clone() if cut is sequences else cut
+                cut[row, length - int(same) :] = pad
+        return cut
+
+    def _eos_token_ids(self, generation_config: GenerationConfig) -> list[int]:
+        eos = generation_config.eos_token_id
+        eos = self.config.eos_token_id if eos is None else eos
+        return [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        # The library takes `main_input_name` for the sequence that grows. Ours names the features, because the
+        # pipeline passes audio under it; what grows is `input_ids`.
+        if inputs is None:
+            inputs = model_kwargs.pop("input_ids", None)
+        if model_kwargs.get("inputs_embeds") is not None:
+            model_kwargs["input_ids"] = self._maybe_initialize_input_ids_for_generation(
+                inputs, bos_token_id, model_kwargs
+            )
+            return model_kwargs["inputs_embeds"], "inputs_embeds", model_kwargs
+        model_kwargs.pop("inputs_embeds", None)
+        inputs = self._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
+        return inputs, "input_ids", model_kwargs
+
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        # A draft model that only knows text reads the transcript so far, and placeholders where the audio is
+        if assistant_model is not None and getattr(assistant_model, "main_input_name", None) != self.main_input_name:
+            audio = ("input_features", "input_features_mask")
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in audio}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if self.config.audio_config.bidirectional_attention and model_inputs.get("input_features") is not None:
+            # For a static cache the mask is already a causal one here; the model needs to make its own, with audio
+            # attended to both ways, from the mask of padding.
+            model_inputs["attention_mask"] = attention_mask
+        return model_inputs
+
+
+__all__ = ["AudioBudgetCriteria", "MelLLMGenerationMixin", "RepetitionLoopCriteria", "SilenceLogitsProcessor"]

@@ -1,0 +1,709 @@
+"""Mel-LLM, reading side: log-mel frames -> audio tokens -> decoder-only language model -> text.
+
+Shapes use these letters: B batch, T mel frames, F mel bins, r frames per audio token, n = ceil(T / r) audio tokens,
+L tokens of text and audio together, D width of the language model.
+
+What follows the paper (arXiv 2606.10231, whose front end is Phi-4-multimodal's) and what is ours is said in each
+docstring. There is no speech encoder unless a config asks for the paper's encoder baseline.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple, logging
+
+from .configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
+from .generation_mel_llm import MelLLMGenerationMixin
+
+
+logger = logging.get_logger(__name__)
+
+
+def _length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """`(B,)` lengths to a boolean mask `(B, size)`, true at the first `lengths[i]` places."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def _mark_uniform_init(module: nn.Module) -> None:
+    """Asks `_init_weights` for torch's own initialisation of the layers in `module`.
+
+    It visits layers before the modules that hold them and sets each parameter once, so the layers must carry the wish.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer._uniform_init = True
+
+
+def _pad_list(value, name: str) -> torch.Tensor | None:
+    """Serving engines hand over clips of different lengths as a list of tensors; everyone else as one tensor."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(item, torch.Tensor) for item in value):
+        return nn.utils.rnn.pad_sequence(list(value), batch_first=True)
+    raise ValueError(f"`{name}` must be a tensor or a list of tensors, got {type(value).__name__}.")
+
+
+class MelLLMFeatureNorm(nn.Module):
+    """Global mean and variance normalisation per mel bin, `(x - mean) * invstd` ("MVN", paper).
+
+    The statistics are part of the checkpoint. Until they are set they are 0 and 1; see
+    [`MelLLMModel.set_feature_statistics`].
+    """
+
+    def __init__(self, config: MelLLMAudioConfig):
+        super().__init__()
+        self.register_buffer("global_mean", torch.zeros(config.num_mel_bins))
+        self.register_buffer("global_invstd", torch.ones(config.num_mel_bins))
+
+    def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+        # In float32 whatever the weights are: log-mel values near 15 have steps of 0.06 in bfloat16.
+        return (input_features.float() - self.global_mean.float()) * self.global_invstd.float()
+
+
+class MelLLMConvSubsampling(nn.Module):
+    """Phi-4-multimodal's "NeMoConv" stem: log2(r) depthwise-separable convolutions of stride 2 (paper).
+
+    Parameters carry the names and shapes of `Phi4MultimodalAudioNemoConvSubsampling`, so its weights load as they
+    are. An audio token sees its own r frames and the r - 1 frames before them, and nothing to the right.
+
+    Unlike the original, positions beyond a clip's end are zeroed after every stage, as the convolution's own padding
+    would be, so that a clip's tokens do not depend on how far its batch was padded (ours).
+    """
+
+    def __init__(self, config: MelLLMAudioConfig):
+        super().__init__()
+        channels = config.conv_channels
+        self.num_stages = int(math.log2(config.reduction_factor))
+        layers: list[nn.Module] = [
+            nn.Conv2d(1, channels, kernel_size=3, stride=2, padding=1),
+            ACT2FN[config.conv_activation],
+        ]
+        for _ in range(self.num_stages - 1):
+            layers += [
+                nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1, groups=channels),
+                nn.Conv2d(channels, channels, kernel_size=1),
+                ACT2FN[config.conv_activation],
+            ]
+        self.conv = nn.Sequential(*layers)
+        num_bins = math.ceil(config.num_mel_bins / config.reduction_factor)
+        self.out = nn.Linear(channels * num_bins, config.hidden_size)
+        _mark_uniform_init(self)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """`(B, T, F)` features, zero beyond `lengths` (B,), to `(B, n, hidden_size)`."""
+        hidden_states = hidden_states.unsqueeze(1)
+        for layer in self.conv:
+            hidden_states = layer(hidden_states)
+            if isinstance(layer, nn.Conv2d):
+                if layer.stride == (2, 2) and lengths is not None:
+                    lengths = (lengths + 1) // 2
+            elif lengths is not None:
+                mask = _length_mask(lengths, hidden_states.shape[2])
+                hidden_states = hidden_states * mask[:, None, :, None].to(hidden_states.dtype)
+        return self.out(hidden_states.transpose(1, 2).flatten(2))
+
+
+class MelLLMConformerEncoder(nn.Module):
+    """Phi-4-multimodal's Conformer blocks, built from transformers' own modules: the paper's encoder baselines.
+
+    The blocks and their relative attention bias are taken over unchanged; only the mask is ours. The original adds
+    its boolean mask to the attention scores as 0 or 1, which lets a clip see its batch's padding; here padding is
+    excluded, which is the same for a clip on its own.
+    """
+
+    MAX_POSITIONS = 500  # longer audio is encoded in pieces of 500 tokens (40 s), as in the original
+
+    def __init__(self, config: MelLLMAudioConfig):
+        super().__init__()
+        from transformers import Phi4MultimodalAudioConfig, Phi4MultimodalAudioModel
+
+        fields = {
+            "hidden_size": config.hidden_size,
+            "ext_pw_out_channel": config.hidden_size,
+            "depthwise_separable_out_channel": config.hidden_size,
+            "input_size": config.num_mel_bins,
+            "time_reduction": config.reduction_factor,
+            # The original's own stem is built and thrown away below, so it may as well be narrow.
+            "nemo_conv_channels": 1,
+            **(config.encoder_config or {}),
+        }
+        # The attention bias is a float mask, which flash attention cannot take
+        source = Phi4MultimodalAudioModel._from_config(Phi4MultimodalAudioConfig(**fields), attn_implementation="sdpa")
+        self.relative_attention_bias_layer = source.relative_attention_bias_layer
+        self.encoders = source.encoders
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """`(B, n, hidden_size)` with `lengths` (B,) valid tokens each, to the same shape."""
+        batch_size, num_tokens, width = hidden_states.shape
+        mask = None
+        if lengths is not None:
+            mask = _length_mask(lengths, num_tokens)
+        if num_tokens > self.MAX_POSITIONS:
+            if mask is None:
+                mask = hidden_states.new_ones(batch_size, num_tokens, dtype=torch.bool)
+            extra = -num_tokens % self.MAX_POSITIONS
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, extra))
+            hidden_states = hidden_states.reshape(-1, self.MAX_POSITIONS, width)
+            mask = nn.functional.pad(mask, (0, extra)).reshape(-1, self.MAX_POSITIONS)
+
+        bias = self.relative_attention_bias_layer(hidden_states)
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
+        for layer in self.encoders:
+            if self.gradient_checkpointing and self.training:
+                hidden_states = self._gradient_checkpointing_func(layer.__call__, hidden_states, bias)
+            else:
+                hidden_states = layer(hidden_states, bias)
+        return hidden_states.reshape(batch_size, -1, width)[:, :num_tokens]
+
+
+class MelLLMProjector(nn.Module):
+    """Audio tokens to the width of the language model: Linear, GELU, Linear as in Phi-4-multimodal (paper), or one
+    Linear."""
+
+    def __init__(self, config: MelLLMAudioConfig, text_hidden_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.embedder_size, text_hidden_size)
+        if config.projector_type == "mlp":
+            self.act = ACT2FN[config.projector_activation]
+            self.linear_2 = nn.Linear(text_hidden_size, text_hidden_size)
+        else:
+            self.linear_2 = None
+        self.dropout = nn.Dropout(config.projector_dropout)
+        _mark_uniform_init(self)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.linear_1(hidden_states)
+        if self.linear_2 is not None:
+            hidden_states = self.linear_2(self.act(hidden_states))
+        return self.dropout(hidden_states)
+
+
+class MelLLMPreTrainedModel(PreTrainedModel):
+    config: MelLLMConfig
+    config_class = MelLLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_features"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MelLLMAudioEmbedder",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _keep_in_fp32_modules_strict = ("normalizer",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "_uniform_init", False):
+            # torch's default, uniform in +-1/sqrt(fan_in): what the original stem was trained from. The normal
+            # distribution of width 0.02 that transformers gives every layer would shrink the signal by 10^4.
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, MelLLMFeatureNorm):
+            init.zeros_(module.global_mean)
+            init.ones_(module.global_invstd)
+        elif hasattr(module, "ext_pw_conv_1d") and hasattr(module, "b1"):  # the Conformer's gated convolution
+            init.zeros_(module.b1)
+            init.zeros_(module.b2)
+        else:
+            super()._init_weights(module)
+
+
+class MelLLMAudioEmbedder(MelLLMPreTrainedModel):
+    """Log-mel frames to audio tokens, before the projector: normalisation, stem, optional encoder.
+
+    With `embedder_type="linear"`, or r = 1, the stem has no parameters: it lays r frames side by side and the
+    projector does the rest (the paper's abstract; its 100 Hz variant).
+    """
+
+    config: MelLLMAudioConfig
+    config_class = MelLLMAudioConfig
+    input_modalities = ("audio",)
+
+    def __init__(self, config: MelLLMAudioConfig):
+        super().__init__(config)
+        self.normalizer = MelLLMFeatureNorm(config)
+        self.conv = MelLLMConvSubsampling(config) if config.has_conv else None
+        self.encoder = MelLLMConformerEncoder(config) if config.encoder_type == "conformer" else None
+        self.post_init()
+
+    def forward(self, input_features: torch.Tensor, lengths: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """`(B, T, F)` features with `lengths` (B,) valid frames each, to `(B, n, config.embedder_size)` in `dtype`."""
+        hidden_states = self.normalizer(input_features).to(dtype)
+        if lengths is not None:
+            # After the normalisation, so that padding is zero where it enters the stem, whatever it was before
+            mask = _length_mask(lengths, hidden_states.shape[1])
+            hidden_states = hidden_states.masked_fill(~mask[..., None], 0.0)
+        if self.conv is not None:
+            hidden_states = self.conv(hidden_states, lengths)
+        else:
+            r = self.config.reduction_factor
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, -hidden_states.shape[1] % r))
+            hidden_states = hidden_states.unflatten(1, (-1, r)).flatten(2)
+        if self.encoder is not None:
+            token_lengths = None if lengths is None else self.config.num_audio_tokens(lengths)
+            hidden_states = self.encoder(hidden_states, token_lengths)
+        return hidden_states
+
+
+@dataclass
+class MelLLMModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Args:
+        audio_hidden_states (`torch.Tensor` of shape `(num_audio_tokens, hidden_size)`, *optional*):
+            The projected audio tokens that were put into the text.
+    """
+
+    audio_hidden_states: torch.Tensor | None = None
+
+
+class MelLLMModel(MelLLMPreTrainedModel):
+    """Audio embedder, projector and language model, without an output layer."""
+
+    def __init__(self, config: MelLLMConfig):
+        super().__init__(config)
+        self.audio_embedder = MelLLMAudioEmbedder(config.audio_config)
+        self.multi_modal_projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        # Whether one decoding step compiles to one graph is for the backbone to say
+        self._can_compile_fullgraph = self.language_model._can_compile_fullgraph
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def set_feature_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Sets the normalisation of the log-mel features from their `mean` and `std`, both `(num_mel_bins,)`.
+
+        Raises:
+            ValueError: A shape is wrong, or a value is not finite, or a deviation is not positive.
+        """
+        normalizer = self.audio_embedder.normalizer
+        for name, value in (("mean", mean), ("std", std)):
+            if value.shape != normalizer.global_mean.shape or not torch.isfinite(value).all():
+                raise ValueError(
+                    f"`{name}` must hold {normalizer.global_mean.numel()} finite values, one per mel bin, "
+                    f"got a tensor of shape {tuple(value.shape)}."
+                )
+        if (std <= 0).any():
+            raise ValueError("`std` must be positive in every mel bin; a bin that never changes has no deviation.")
+        with torch.no_grad():
+            normalizer.global_mean.copy_(mean)
+            normalizer.global_invstd.copy_(1.0 / std)
+
+    def _check_features(
+        self, input_features: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_features = _pad_list(input_features, "input_features")
+        mask = _pad_list(mask, "input_features_mask")
+        num_mel_bins = self.config.audio_config.num_mel_bins
+        if input_features.ndim != 3 or input_features.shape[-1] != num_mel_bins or input_features.shape[1] == 0:
+            raise ValueError(
+                f"`input_features` must have the shape (batch, frames, {num_mel_bins}), got "
+                f"{tuple(input_features.shape)}. MelLLMFeatureExtractor makes them."
+            )
+        if mask is None:
+            return input_features, None
+        if mask.shape != input_features.shape[:2]:
+            raise ValueError(
+                f"`input_features_mask` must have the shape (batch, frames) = {tuple(input_features.shape[:2])} of "
+                f"`input_features`, got {tuple(mask.shape)}."
+            )
+        if not torch.compiler.is_compiling() and not mask[:, 0].all():
+            raise ValueError(
+                "`input_features_mask` is 0 at the first frame of a clip: audio is padded on the right, and a clip has "
+                "at least one frame."
+            )
+        return input_features, mask
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Audio tokens as they enter the language model.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`): Log-mel features.
+            input_features_mask (`torch.Tensor` of shape `(batch, frames)`, *optional*): 1 for frames of the clip, 0
+                for padding on its right. A list of tensors, one per clip, is taken for either argument.
+            attention_mask: The same mask under the name that [`MelLLMFeatureExtractor`] gives it.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` is `(batch, tokens,
+            hidden_size)` with padding, `pooler_output` is `(all valid tokens, hidden_size)`, clip after clip.
+
+        Raises:
+            ValueError: The shapes do not fit each other or the config, or a clip is padded on the left.
+        """
+        mask = input_features_mask if input_features_mask is not None else attention_mask
+        input_features, mask = self._check_features(input_features, mask)
+        lengths = None if mask is None else mask.sum(-1)
+
+        parameter = self.multi_modal_projector.linear_1.weight
+        input_features = input_features.to(parameter.device)
+        lengths = None if lengths is None else lengths.to(parameter.device)
+        hidden_states = self.audio_embedder(input_features, lengths, dtype=parameter.dtype)
+        hidden_states = self.multi_modal_projector(hidden_states)
+        if lengths is None:
+            valid = hidden_states.flatten(0, 1)
+        else:
+            token_lengths = self.config.audio_config.num_audio_tokens(lengths)
+            valid = hidden_states[_length_mask(token_lengths, hidden_states.shape[1])]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=valid)
+
+    def _merge_audio(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, audio_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        is_audio = input_ids == self.config.audio_token_id
+        if not torch.compiler.is_compiling() and (num_places := int(is_audio.sum())) != len(audio_tokens):
+            raise ValueError(
+                f"`input_ids` has {num_places} audio tokens (id {self.config.audio_token_id}) but `input_features` "
+                f"makes {len(audio_tokens)}. Let MelLLMProcessor write them, with the model's "
+                f"reduction_factor = {self.config.audio_config.reduction_factor}, and do not truncate the text."
+            )
+        audio_tokens = audio_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_audio[..., None].expand_as(inputs_embeds), audio_tokens)
+
+    def _bidirectional_masks(
+        self, input_ids, inputs_embeds, attention_mask, past_key_values, position_ids, token_lengths
+    ):
+        """Causal masks in which, besides, the audio tokens of one clip all see each other (ours)."""
+        if "flash" in (self.language_model.config._attn_implementation or ""):
+            raise ValueError(
+                "`bidirectional_attention=True` needs attn_implementation sdpa, eager or flex_attention: flash attention "
+                "takes no mask of this form."
+            )
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim != 2):
+            raise ValueError(
+                "`attention_mask` must have the shape (batch, tokens) when audio is attended to both ways."
+            )
+        # The number of the clip for audio, -1 for text. By clip and not by run of audio tokens: two clips may touch.
+        is_audio = input_ids == self.config.audio_token_id
+        clips = torch.repeat_interleave(torch.arange(len(token_lengths), device=input_ids.device), token_lengths)
+        blocks = torch.full_like(input_ids, -1).masked_scatter(is_audio, clips)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        blocks = nn.functional.pad(blocks, (int(past_length), 0), value=-1)
+        return create_masks_for_generate(
+            config=self.config.text_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            block_sequence_ids=blocks,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MelLLMModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, tokens)`): Text with `config.audio_token_id` in the place of
+                each audio token.
+            input_features (`torch.Tensor` of shape `(clips, frames, num_mel_bins)`, *optional*): The clips in the
+                order in which they stand in the text; a text may have any number of them.
+            input_features_mask (`torch.Tensor` of shape `(clips, frames)`, *optional*): 1 for frames of the clip, 0
+                for padding on its right.
+            attention_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*): 1 for tokens, 0 for padding.
+
+        Raises:
+            ValueError: Audio tokens in the text and in the features differ in number; neither or both of `input_ids`
+                and `inputs_embeds` are given; or what `get_audio_features` raises.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
+        if input_ids is None and input_features is not None:
+            raise ValueError("`input_features` needs `input_ids`: `inputs_embeds` does not say where the audio goes.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        audio_tokens = None
+        if input_features is not None:
+            input_features, input_features_mask = self._check_features(input_features, input_features_mask)
+            audio_tokens = self.get_audio_features(input_features, input_features_mask, return_dict=True).pooler_output
+            inputs_embeds = self._merge_audio(input_ids, inputs_embeds, audio_tokens)
+            if self.config.audio_config.bidirectional_attention:
+                lengths = (
+                    input_features.new_full(input_features.shape[:1], input_features.shape[1], dtype=torch.long)
+                    if input_features_mask is None
+                    else input_features_mask.sum(-1)
+                )
+                attention_mask = self._bidirectional_masks(
+                    input_ids,
+                    inputs_embeds,
+                    attention_mask,
+                    past_key_values,
+                    position_ids,
+                    self.config.audio_config.num_audio_tokens(lengths).to(input_ids.device),
+                )
+        elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            # A generated token is never the audio token, so single steps need not pay for looking
+            if past_key_values is None and (input_ids == self.config.audio_token_id).any():
+                raise ValueError("`input_ids` has audio tokens but there are no `input_features`.")
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return MelLLMModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            audio_hidden_states=audio_tokens,
+        )
+
+
+@dataclass
+class MelLLMCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy of the labels.
+        logits (`torch.Tensor` of shape `(batch, tokens, vocab_size)`): Scores of the next token.
+        past_key_values (`Cache`, *optional*): Keys and values of the language model.
+        audio_hidden_states (`torch.Tensor` of shape `(num_audio_tokens, hidden_size)`, *optional*): The projected
+            audio tokens.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    audio_hidden_states: torch.Tensor | None = None
+
+
+class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
+    """Mel-LLM with an output layer over text: speech recognition, and anything else that a prompt asks of audio.
+
+    Two ways to call it, for `forward` and `generate` alike:
+
+    * as a language model, with `input_ids` in which the audio's places are marked, as [`MelLLMProcessor`] makes them;
+    * as a speech recogniser, with `input_features` (and `labels` of the transcript alone), as Whisper is called. The
+      default prompt is then put around the audio, and `generate` returns the transcript only. Stock clients -- the
+      pipeline, `Seq2SeqTrainer`, `transformers serve` -- call it this way.
+    """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012  (the name and type are transformers')
+
+    def __init__(self, config: MelLLMConfig):
+        super().__init__(config)
+        self.model = MelLLMModel(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self._can_compile_fullgraph = self.model._can_compile_fullgraph
+        # The class name is in no table of losses, and the warning about that would puzzle everyone
+        self.loss_type = "ForCausalLM"
+        # Where the input embeddings lie depends on the backbone
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        # Greedy, and long enough for any audio (which has a limit of its own, see `generate`): the pipeline would
+        # otherwise take five beams and cut at 256 tokens. And nobody writes the placeholder of audio.
+        self.generation_config.update(num_beams=1, max_new_tokens=4096, suppress_tokens=[config.audio_token_id])
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`MelLLMModel.get_audio_features`]."""
+        return self.model.get_audio_features(*args, **kwargs)
+
+    def freeze_feature_encoder(self) -> None:
+        """Freezes the audio embedder. Training scripts written for wav2vec2 and Whisper call it, often by default."""
+        logger.warning_once(
+            "freeze_feature_encoder: the audio embedder will not be trained. Mel-LLM has no pretrained encoder behind "
+            "it, so this is right only when the embedder was trained before."
+        )
+        for parameter in self.model.audio_embedder.parameters():
+            parameter.requires_grad = False
+
+    def _output_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The output layer as the backbone's own causal model would apply it: some backbones scale or cap scores."""
+        config = self.config.text_config
+        logits = self.lm_head(hidden_states)
+        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scale
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MelLLMCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, tokens)`, *optional*): Text with `config.audio_token_id` in the
+                place of each audio token. Left out, the default prompt is put around each clip.
+            input_features (`torch.Tensor` of shape `(clips, frames, num_mel_bins)`, *optional*): The clips in the
+                order in which they stand in the text.
+            input_features_mask (`torch.Tensor` of shape `(clips, frames)`, *optional*): 1 for frames of the clip, 0
+                for padding on its right.
+            attention_mask (`torch.Tensor`, *optional*): `(batch, tokens)` beside `input_ids`; `(batch, frames)`, and
+                the same as `input_features_mask`, without.
+            labels (`torch.Tensor`, *optional*): Beside `input_ids`, `(batch, tokens)` and aligned with them, -100 at
+                places that do not count. Without, the transcript alone, `(batch, transcript tokens)`, padded on the
+                right with -100; the end-of-text token is added where the tokenizer has not.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute the logits of the last so many tokens (0
+                for all), or of these positions.
+
+        Returns:
+            [`MelLLMCausalLMOutputWithPast`]: `logits` are `(batch, tokens, vocab_size)`; for a transcript given as
+            labels without `input_ids`, `(batch, transcript tokens, vocab_size)`, aligned with `labels`.
+
+        Raises:
+            ValueError: As [`MelLLMModel.forward`]; `labels` without `input_ids` is padded on the left; or there are
+                `input_features` and nothing else.
+        """
+        if input_ids is None and inputs_embeds is None and input_features is not None:
+            mask = input_features_mask if input_features_mask is not None else attention_mask
+            kwargs.pop("decoder_input_ids", None)  # made by stock collators; the labels say it all
+            return self._forward_transcription(input_features, mask, labels, **kwargs)
+
+        outputs = self.model(
+            input_ids=input_ids,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._output_logits(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return self._causal_output(loss, logits, outputs)
+
+    @staticmethod
+    def _causal_output(loss, logits, outputs: MelLLMModelOutputWithPast) -> MelLLMCausalLMOutputWithPast:
+        return MelLLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            audio_hidden_states=outputs.audio_hidden_states,
+        )
+
+    def _forward_transcription(self, input_features, mask, labels, **kwargs) -> MelLLMCausalLMOutputWithPast:
+        """`forward` for audio and its transcript: default prompt, audio, transcript."""
+        if labels is None:
+            # Scores of nothing in particular would be returned here, and a caller that takes this for a CTC model
+            # would read them as a transcript.
+            raise ValueError(
+                "`input_features` alone give the model nothing to score. Call `generate(input_features, ...)` for a "
+                "transcript, or pass `labels` or `input_ids` as well. If a speech recognition pipeline raised this, it "
+                "holds a PeftModel, which it takes for a CTC model: pass it the adapter's folder instead, or "
+                "`peft_model.merge_and_unload()`."
+            )
+        input_features, mask = self.model._check_features(input_features, mask)
+        prompt_ids, prompt_mask = self._build_prompt(input_features, mask)
+        num_labels = labels.shape[1]
+        labels = self._append_end_of_text(labels.to(prompt_ids.device))
+        is_text = labels != -100
+        attention_mask = torch.cat([prompt_mask, is_text.to(prompt_mask.dtype)], dim=1)
+        outputs = self.model(
+            input_ids=torch.cat([prompt_ids, labels.masked_fill(~is_text, self.config.pad_token_id)], dim=1),
+            input_features=input_features,
+            input_features_mask=mask,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
+        )
+        # The state at the prompt's last token predicts the first label, and so on
+        logits = self._output_logits(outputs.last_hidden_state[:, prompt_ids.shape[1] - 1 : -1])
+        loss = self.loss_function(
+            logits=logits, labels=None, shift_labels=labels, vocab_size=self.config.vocab_size, **kwargs
+        )
+        return self._causal_output(loss, logits[:, :num_labels], outputs)
+
+    def _append_end_of_text(self, labels: torch.Tensor) -> torch.Tensor:
+        """Adds the end-of-text token to each row that lacks one: tokenizers of language models do not, and a model
+        that never saw it never stops."""
+        if self.config.response_eos_token_id is None:
+            return labels
+        is_text = labels != -100
+        lengths = is_text.sum(-1)
+        if not torch.equal(is_text, _length_mask(lengths, labels.shape[1])):
+            raise ValueError(
+                "`labels` without `input_ids` must be the transcript, padded on the right with -100. To mask parts of "
+                "a text, pass `input_ids` with it."
+            )
+        labels = nn.functional.pad(labels, (0, 1), value=-100)
+        last = labels.gather(1, (lengths - 1).clamp(min=0)[:, None])
+        eos_ids = torch.tensor(self._eos_token_ids(self.generation_config), device=labels.device)
+        has_eos = torch.isin(last, eos_ids) & (lengths > 0)[:, None]
+        end = torch.where(has_eos, -100, self.config.response_eos_token_id)
+        return labels.scatter(1, lengths[:, None], end)
+
+
+__all__ = [
+    "MelLLMAudioEmbedder",
+    "MelLLMForSpeechSeq2Seq",
+    "MelLLMModel",
+    "MelLLMPreTrainedModel",
+    "MelLLMProjector",
+]

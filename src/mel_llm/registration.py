@@ -1,0 +1,32 @@
+"""Makes the Auto classes of transformers know Mel-LLM. Importing `mel_llm` runs it; running it again changes nothing.
+
+The two static tables of names that clients also consult are filled by `configuration_mel_llm`, which a Hub
+repository's remote code imports as well.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+)
+
+from .configuration_mel_llm import MelLLMConfig
+from .feature_extraction_mel_llm import MelLLMFeatureExtractor
+from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel
+from .processing_mel_llm import MelLLMProcessor
+
+
+def register() -> None:
+    """Registers the configuration, the models, the feature extractor and the processor with the Auto classes."""
+    AutoConfig.register(MelLLMConfig.model_type, MelLLMConfig, exist_ok=True)
+    AutoFeatureExtractor.register(MelLLMConfig, MelLLMFeatureExtractor, exist_ok=True)
+    AutoProcessor.register(MelLLMConfig, MelLLMProcessor, exist_ok=True)
+    AutoModel.register(MelLLMConfig, MelLLMModel, exist_ok=True)
+    AutoModelForSpeechSeq2Seq.register(MelLLMConfig, MelLLMForSpeechSeq2Seq, exist_ok=True)
+    AutoModelForMultimodalLM.register(MelLLMConfig, MelLLMForSpeechSeq2Seq, exist_ok=True)
+
+
+__all__ = ["register"]
