@@ -294,7 +294,18 @@ class TestErrors:
             (np.zeros(0), ValueError),
             (np.zeros((100, 2)), ValueError),
         ],
-        ids=str,
+        ids=[
+            "None",
+            "number",
+            "text stream",
+            "rate first",
+            "empty dict",
+            "no rate",
+            "neither",
+            "rate in words",
+            "empty",
+            "samples first",
+        ],
     )
     def test_bad_sources(self, source, error):
         with pytest.raises(error):

@@ -73,7 +73,7 @@ def test_paths_and_bytes(recogniser, speech_clips, expected):
     assert recogniser(path, **SHORT)["text"] == expected[0]
     with open(path, "rb") as file:
         assert recogniser(file.read(), **SHORT)["text"] == expected[0]
-    assert isinstance(recogniser(str(DATA / "stereo_44k.wav"), **SHORT)["text"], str)
+    assert isinstance(recogniser(str(DATA / "stereo_44100.wav"), **SHORT)["text"], str)
 
 
 def test_another_sampling_rate(recogniser, speech_clips):

@@ -1,0 +1,43 @@
+"""Every Python block of the README and the docs runs, in the order in which a reader meets it."""
+
+import re
+import shutil
+
+import pytest
+import soundfile
+from conftest import ROOT
+from test_registration import run
+
+
+DOCUMENTS = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+
+
+def blocks(path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_snippets_run(path, tiny_folder, speech_clips, tmp_path):
+    if not blocks(path):
+        pytest.skip("has no Python block")
+    shutil.copytree(tiny_folder, tmp_path / "my-mel-llm")
+    soundfile.write(tmp_path / "speech.wav", speech_clips[0]["array"], 16000)
+    (tmp_path / "document.py").write_text("\n".join(blocks(path)), encoding="utf-8")
+    result = run("document.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8"))
+    for link in links:
+        assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_commands_that_the_readme_names_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for script in ("scripts/demo.sh", "scripts/test.sh"):
+        assert script in text and (ROOT / script).is_file()
+    assert "bash scripts/test.sh" in text and "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+    help_text = run("-m", "mel_llm.cli", "transcribe", "--help", TERM="dumb", NO_COLOR="1", COLUMNS="120").stdout
+    assert "--model" in help_text and "FILES" in help_text
