@@ -52,11 +52,16 @@ def read_clips() -> list[dict]:
         return [{"path": str(CLIPS / row["file_name"]), "text": row["text"]} for row in csv.DictReader(file)]
 
 
-def train(clips: list[dict], folder: Path, epochs: int, seed: int = 0) -> None:
+def train(clips: list[dict], folder: Path, epochs: int, seed: int) -> None:
     """Trains a small model from scratch on the clips and saves it, whole or not at all."""
     set_seed(seed)
     tokenizer = train_tokenizer([clip["text"] for clip in clips], vocab_size=384)
-    small = MelLLMConfig.from_preset("small", vocab_size=len(tokenizer))
+    small = MelLLMConfig.from_preset(
+        "small",
+        vocab_size=len(tokenizer),
+        text_config={"num_hidden_layers": 4, "hidden_size": 192, "intermediate_size": 512},
+        audio_config={"conv_channels": 32, "hidden_size": 192},
+    )
     model, processor = from_text_llm(
         small.text_config, tokenizer, audio_config=small.audio_config, transcription_instruction=""
     )
@@ -66,13 +71,13 @@ def train(clips: list[dict], folder: Path, epochs: int, seed: int = 0) -> None:
 
     arguments = TrainingArguments(
         output_dir=str(folder.parent / "training"),
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         num_train_epochs=epochs,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=20,
         dataloader_pin_memory=False,
-        logging_steps=30,
+        logging_steps=60,
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
@@ -93,7 +98,8 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="audio files to transcribe instead of demo_clips/")
     parser.add_argument("--model", type=Path, help="folder of a model to use instead of the demo's own")
     parser.add_argument("--retrain", action="store_true", help="train the demo's model anew")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the clips when training")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the clips")
+    parser.add_argument("--epochs", type=int, default=50, help="passes over the clips when training")
     arguments = parser.parse_args()
     for file in arguments.files:
         if not os.path.isfile(file):
@@ -108,7 +114,7 @@ def main() -> None:
             "the repository yet.\nA few minutes on two CPU cores; kept in .demo/ for the next run."
         )
         started = time.time()
-        train(clips, MODEL, arguments.epochs)
+        train(clips, MODEL, arguments.epochs, arguments.seed)
         print(f"Trained in {time.time() - started:.0f} s.")
 
     recogniser = pipeline(
