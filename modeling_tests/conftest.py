@@ -1,6 +1,7 @@
 """What the tests share: real speech that lies in the repository, and tiny models built from configs."""
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if "network" in item.keywords and os.environ.get("HF_HUB_OFFLINE") == "1":
+            item.add_marker(pytest.mark.skip(reason="needs the network"))
 
 
 @pytest.fixture(scope="session")

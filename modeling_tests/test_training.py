@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from conftest import build_tiny, tiny_text_config
+from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -230,9 +232,11 @@ def test_lora_trains_and_comes_back_with_the_new_modules(tiny_folder, speech_cli
     fresh = peft.PeftModel.from_pretrained(
         AutoModelForSpeechSeq2Seq.from_pretrained(tiny_folder), tmp_path / "adapter"
     ).eval()
-    found = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "adapter").eval()
-    merged = fresh.merge_and_unload()
-    for other in (found, merged):
+    others = [fresh.merge_and_unload()]
+    # Before 5.18, transformers drops modules_to_save when a model is loaded from an adapter's folder (README)
+    if Version(transformers.__version__) >= Version("5.18"):
+        others.append(AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "adapter").eval())
+    for other in others:
         torch.testing.assert_close(other(**batch).loss, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(other.generate(**audio, max_new_tokens=10), tokens)
 
