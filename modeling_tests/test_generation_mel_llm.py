@@ -1,10 +1,12 @@
 """generate(): every strategy, batches, budgets, loops, silence."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKBONES, build_tiny, tiny_text_config
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, set_seed
 
+from mel_llm import MelLLMFeatureExtractor
 from mel_llm.generation_mel_llm import RepetitionLoopCriteria, _loop_period
 
 
@@ -221,7 +223,7 @@ def test_a_loop_ends_and_is_cut_to_its_first_round(tiny, speech_clips, strategy)
     model.lm_head = Parrot(model, 40)
     audio = audio_of(processor, [max(speech_clips, key=lambda clip: clip["duration"])])
     out = model.generate(**audio, **strategy)
-    assert out.shape[1] < 60  # the budget would be 16 + 25 a second
+    assert out.shape[1] < 60  # the budget would be 16 + 40 a second
     assert trimmed(out[0]) == [40]
     assert model.generate(**audio, **strategy, min_new_tokens=50, max_new_tokens=50).shape[1] == 50
 
@@ -256,6 +258,16 @@ def test_quiet_speech_is_not_silence(tiny, speech_clips, gain_db):
     arrays = [clip["array"] * 10 ** (gain_db / 20) for clip in speech_clips]
     audio = processor(audio=arrays)
     assert model._silent_clips(audio["input_features"], audio["attention_mask"]) is None
+
+
+@pytest.mark.parametrize("preset", ["phi4", "hifigan16k", "spectron"])
+def test_silence_is_told_from_speech_in_the_units_of_every_preset(tokenizer, speech_clips, preset):
+    extractor = MelLLMFeatureExtractor.from_preset(preset)
+    audio_config = {"num_mel_bins": extractor.num_mel_bins, "hop_length": extractor.hop_length}
+    model, processor = build_tiny(tokenizer, audio_config=audio_config, feature_extractor=extractor)
+    speech = speech_clips[0]["array"] * 0.01
+    audio = processor(audio=[np.zeros(16000, np.float32), speech])
+    assert model._silent_clips(audio["input_features"], audio["attention_mask"]).tolist() == [True, False]
 
 
 def test_silence_guard_can_be_turned_off(tiny):

@@ -110,7 +110,7 @@ def test_defaults_are_greedy_and_bounded_by_the_audio(recogniser, speech_clips):
     assert recogniser.model.generation_config.num_beams == 1
     audio = recogniser.feature_extractor(speech_clips[0]["array"], sampling_rate=16000, return_tensors="pt")
     ids = recogniser.model.generate(**audio)
-    assert 8 < ids.shape[1] <= 16 + 25 * (speech_clips[0]["duration"] + 1)
+    assert 8 < ids.shape[1] <= 16 + 40 * (speech_clips[0]["duration"] + 1)
     assert recogniser(speech_clips[0]["array"])["text"] == recogniser.tokenizer.decode(
         ids[0], skip_special_tokens=True
     )

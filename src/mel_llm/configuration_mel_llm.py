@@ -80,10 +80,9 @@ class MelLLMAudioConfig(PreTrainedConfig):
             directions inside the language model (ours; the paper's attention is causal).
         max_source_positions (`int`, defaults to 3750): Most audio tokens that one clip is expected to have (300 s at
             the default rate). Serving engines plan their memory with it; longer clips are not refused (ours).
-        silence_threshold (`float`, *optional*, defaults to 9.0): A clip whose loudest frame has a mean log-mel below
-            this is silent: `generate()` gives it an empty transcript. In the units of the features; the default is
-            for the `phi4` features, where digital silence is 0, white noise at -72 dBFS some 8.5 and speech 10 to 20.
-            `None` turns it off (ours).
+        silence_threshold (`float`, *optional*): A clip whose loudest frame has a mean log-mel below this is silent:
+            `generate()` gives it an empty transcript. In the units of the features, so it depends on how they are
+            made; [`mel_llm.conversion.from_text_llm`] sets it for its feature extractor. `None` turns it off (ours).
         initializer_range (`float`, defaults to 0.02): Standard deviation for modules without an initialisation of
             their own.
     """
@@ -106,7 +105,7 @@ class MelLLMAudioConfig(PreTrainedConfig):
     encoder_config: dict | None = None
     bidirectional_attention: bool = False
     max_source_positions: int = 3750
-    silence_threshold: float | None = 9.0
+    silence_threshold: float | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -280,9 +279,9 @@ class MelLLMConfig(PreTrainedConfig):
         prompt_prefix_ids (`list[int]`), prompt_suffix_ids (`list[int]`): Token ids around the audio in the default
             prompt. The model has no tokenizer, and stock speech recognition clients pass it nothing but audio, so the
             default prompt lies here; [`MelLLMProcessor.default_prompt_ids`] makes it from the tokenizer's template.
-        max_text_tokens_per_second (`float`, defaults to 25.0): Transcripts made from audio alone are cut after this
-            many tokens per second of audio plus a constant of 16. English is spoken at some 4 (words) to 15
-            (characters) tokens a second (ours).
+        max_text_tokens_per_second (`float`, defaults to 40.0): Transcripts made from audio alone are cut after this
+            many tokens per second of audio plus a constant of 16. English is spoken at some 4 tokens (words) to 20
+            (characters) a second, Cyrillic in bytes at up to 35 (ours).
         pad_token_id, bos_token_id, eos_token_id: As in any config; taken from `text_config` when not given.
         response_eos_token_id (`int`, *optional*): The token that ends the model's answer: appended to transcripts in
             training. When not given, `eos_token_id`, or the last of several (the end of the assistant's turn in
@@ -323,7 +322,7 @@ class MelLLMConfig(PreTrainedConfig):
     audio_token_id: int | None = None
     prompt_prefix_ids: list[int] | None = None
     prompt_suffix_ids: list[int] | None = None
-    max_text_tokens_per_second: float = 25.0
+    max_text_tokens_per_second: float = 40.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -1,7 +1,9 @@
 """A text language model becomes an untrained Mel-LLM: new audio embedder and projector, everything else kept."""
 
+import copy
 import re
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
@@ -36,6 +38,19 @@ def find_spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
+# White noise of this level and below counts as silence: the hiss of a muted microphone, below any speech
+_SILENCE_DBFS = -72.0
+
+
+def _silence_threshold(feature_extractor: MelLLMFeatureExtractor) -> float:
+    """The greatest mean log-mel that the frames of one second of such noise have, in this extractor's units."""
+    noise = torch.randn(feature_extractor.sampling_rate, generator=torch.Generator().manual_seed(0))
+    features = feature_extractor(
+        noise * 10 ** (_SILENCE_DBFS / 20), sampling_rate=feature_extractor.sampling_rate, return_tensors="pt"
+    )["input_features"]
+    return round(features.mean(-1).max().item(), 2)
+
+
 def from_text_llm(
     text_model: PreTrainedModel | PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -52,7 +67,8 @@ def from_text_llm(
             with random weights.
         tokenizer: Its tokenizer. Gets a padding token if it has none, and the token `<|audio|>` if it has no special
             token to spare.
-        audio_config: Fields of [`MelLLMAudioConfig`]; the paper's by default.
+        audio_config: Fields of [`MelLLMAudioConfig`]; the paper's by default. A `silence_threshold` that is not given
+            is set to the level of white noise at -72 dBFS (ours); a model's config takes `None` afterwards.
         feature_extractor: By default the one that fits the audio config (the paper's features).
         transcription_instruction (`str`, *optional*): What the default prompt asks for. An empty string suits a model
             that is trained from scratch for nothing else.
@@ -79,12 +95,16 @@ def from_text_llm(
         audio_config = MelLLMAudioConfig()
     elif isinstance(audio_config, dict):
         audio_config = MelLLMAudioConfig(**audio_config)
+    else:
+        audio_config = copy.deepcopy(audio_config)  # completed below, and the caller's is the caller's
     if feature_extractor is None:
         feature_extractor = MelLLMFeatureExtractor.from_preset("phi4")
     for name in ("num_mel_bins", "sampling_rate", "hop_length"):
         ours, theirs = getattr(audio_config, name), getattr(feature_extractor, name)
         if ours != theirs:
             raise ValueError(f"`audio_config` has {name} {ours}, but `feature_extractor` has {theirs}.")
+    if audio_config.silence_threshold is None:
+        audio_config.silence_threshold = _silence_threshold(feature_extractor)
     instruction = {} if transcription_instruction is None else {"transcription_instruction": transcription_instruction}
     processor = MelLLMProcessor(
         feature_extractor,
