@@ -110,7 +110,19 @@ BAD_FIELDS = [
     (MelLLMConfig, "text_config", {"model_type": "no_such_model"}),
     (MelLLMConfig, "text_config", {"model_type": "t5"}),
     (MelLLMConfig, "text_config", "llama"),
+    (MelLLMConfig, "text_config", {"model_type": "bert"}),
     (MelLLMConfig, "audio_config", [80]),
+    (MelLLMConfig, "eos_token_id", []),
+    (MelLLMConfig, "eos_token_id", 200_064),
+    (MelLLMConfig, "pad_token_id", -1),
+    (MelLLMConfig, "bos_token_id", 1.5),
+    (MelLLMConfig, "response_eos_token_id", "x"),
+    (MelLLMConfig, "decoder_start_token_id", -3),
+    (MelLLMConfig, "prompt_prefix_ids", [True]),
+    (MelLLMConfig, "tie_word_embeddings", "no"),
+    (MelLLMAudioConfig, "initializer_range", -5),
+    (MelLLMAudioConfig, "conv_activation", "reluu"),
+    (MelLLMAudioConfig, "projector_activation", 5),
 ]
 
 
@@ -132,11 +144,35 @@ def test_a_sub_config_error_is_found_through_the_whole_config():
         MelLLMConfig.from_preset("large")
 
 
+@pytest.mark.parametrize(
+    ("config_class", "typo", "meant"),
+    [
+        (MelLLMAudioConfig, "reduction_facter", "reduction_factor"),
+        (MelLLMSpeechConfig, "kl_weights", "kl_weight"),
+        (MelLLMConfig, "audio_token_ids", "audio_token_id"),
+    ],
+)
+def test_typos_are_found(config_class, typo, meant):
+    with pytest.raises(ValueError, match=f"`{typo}`; did you mean `{meant}`"):
+        config_class(**{typo: 4})
+    # fields that a later version may write are kept, and those that every config may have pass
+    assert config_class(of_the_future=1, torch_dtype="float32").of_the_future == 1
+
+
+def test_ids_beyond_a_shrunken_vocabulary_are_not_inherited():
+    text = {"model_type": "phi3", "vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "pad_token_id": 0}
+    config = MelLLMConfig(text_config=text, audio_token_id=3)  # Phi-3's own end of text is 32000
+    assert config.eos_token_id is None and config.pad_token_id == 0
+
+
 def test_conformer_needs_the_convolution():
     with pytest.raises(ValueError, match="`encoder_type`"):
         MelLLMAudioConfig(encoder_type="conformer", embedder_type="linear")
     with pytest.raises(ValueError, match="`encoder_type`"):
         MelLLMAudioConfig(encoder_type="conformer", reduction_factor=1)
+    for bad in ([1], {"num_blockz": 3}):
+        with pytest.raises(ValueError, match="`encoder_config`"):
+            MelLLMAudioConfig(encoder_type="conformer", encoder_config=bad)
 
 
 def test_static_name_tables_know_the_model():

@@ -90,6 +90,28 @@ def test_strategies_give_dicts_of_transcripts(tiny, speech_clips, strategy):
     assert not (out.sequences == model.config.audio_token_id).any()
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    "strategy",
+    [{"num_return_sequences": 2, "do_sample": True, "top_k": 1}, {"num_beams": 3, "num_return_sequences": 2}],
+)
+def test_copies_of_a_text_keep_their_own_clips(tokenizer, speech_clips, strategy, bidirectional):
+    """Texts with two, no and one clip; each row's copies must hear what the row hears alone."""
+    model, processor = build_tiny(tokenizer, audio_config={"bidirectional_attention": bidirectional})
+    a, b, c = (clip["array"] for clip in speech_clips[:3])
+    token = processor.audio_token
+    texts, clips = [f"{token} or {token}?\n", "No audio.\n", f"{token}Write it.\n"], [[a, b], [], [c]]
+    batch = processor(text=texts, audio=[a, b, c])
+    together = model.generate(**batch, **GREEDY | strategy)
+    for row, (text, own) in enumerate(zip(texts, clips, strict=True)):
+        alone = model.generate(**processor(text=text, audio=own or None), **GREEDY | strategy)
+        for copy in range(2):
+            assert together[2 * row + copy][-12:].tolist() == alone[copy][-12:].tolist()
+    if strategy.get("do_sample"):  # from the single likeliest token: greedy
+        greedy = model.generate(**batch, **GREEDY)
+        assert torch.equal(together[::2], greedy) and torch.equal(together[1::2], greedy)
+
+
 def test_assisted_decoding_with_a_text_model_and_with_prompt_lookup(tiny, speech_clips):
     model, processor = tiny
     audio = audio_of(processor, speech_clips[:1])
@@ -161,7 +183,10 @@ def test_explicit_lengths_count_tokens_of_the_transcript(tiny, speech_clips):
     # as it leaves it behind in the model's generation config
     model.generation_config.max_length, model.generation_config.max_new_tokens = 7, None
     assert model.generate(**audio).shape[1] == 7
-    # more than the budget, on purpose: benchmarks ask for a number of tokens and mean it
+    # more than the budget, on purpose
+    model.config.max_text_tokens_per_second = 1.0
+    kwargs = {"do_sample": True, "repetition_penalty": 2.0}
+    assert model.generate(**audio, max_new_tokens=50, **kwargs).shape[1] == 50
     assert model.generate(**audio, min_new_tokens=190, max_new_tokens=190).shape[1] == 190
 
 
@@ -176,6 +201,7 @@ def test_no_warnings_about_arguments(tiny, speech_clips, caplog):
     import transformers
 
     model, processor = tiny
+    model.generation_config.max_length = 20  # as the Seq2SeqTrainer leaves it
     transformers.utils.logging.enable_propagation()
     try:
         model.generate(**audio_of(processor, speech_clips[:1]), max_new_tokens=3, num_beams=2, length_penalty=1.1)
@@ -191,16 +217,19 @@ def test_what_counts_as_a_loop():
     def period(tokens):
         return int(_loop_period(torch.tensor([tokens])))
 
-    assert period([5] * 32) == 1
-    assert period([1, 2, 3] + [5] * 32) == 1
-    assert period([5] * 31) == 0  # "no no no" is speech
-    assert period([7, 8, 9] * 11) == 3
-    assert period([7, 8, 9] * 10 + [1, 1, 1]) == 0
-    assert period(list(range(16)) * 8) == 16
-    assert period(list(range(17)) * 8) == 0
-    criteria = RepetitionLoopCriteria(prompt_length=3)
-    rows = torch.tensor([[1, 2, 3] + [5] * 32, [1, 2, 3, *list(range(32))]])
-    assert criteria(rows, None).tolist() == [True, False]
+    assert period([5] * 48) == 1
+    assert period([1, 2, 3] + [5] * 48) == 1
+    assert period([5] * 47) == 0
+    assert period([7, 8, 9] * 16) == 3
+    assert period([7, 8, 9, 10] * 11) == 0  # "nine nine nine" in characters is speech
+    assert period([7, 8, 9] * 16 + [1, 1, 1]) == 0
+    assert period(list(range(16)) * 12) == 16
+    assert period(list(range(17)) * 12) == 0
+    criteria = RepetitionLoopCriteria(prompt_length=3, end_ids=torch.tensor([0, 2]))
+    rows = torch.tensor([[1, 2, 3] + [5] * 48, [1, 2, 3, *range(10, 58)], [1, 2, 3, 9] + [0] * 47])
+    assert criteria(rows, None).tolist() == [True, False, False]
+    rows = torch.nn.functional.pad(rows, (0, 8))
+    assert criteria(rows, None).tolist() == [False] * 3 and criteria.stopped.tolist() == [True, False, False]
 
 
 class Parrot(torch.nn.Module):
@@ -223,17 +252,26 @@ def test_a_loop_ends_and_is_cut_to_its_first_round(tiny, speech_clips, strategy)
     model.lm_head = Parrot(model, 40)
     audio = audio_of(processor, [max(speech_clips, key=lambda clip: clip["duration"])])
     out = model.generate(**audio, **strategy)
-    assert out.shape[1] < 60  # the budget would be 16 + 40 a second
+    assert out.shape[1] < 70  # the budget would be 16 + 40 a second
     assert trimmed(out[0]) == [40]
     assert model.generate(**audio, **strategy, min_new_tokens=50, max_new_tokens=50).shape[1] == 50
 
 
-def test_a_loop_in_one_row_does_not_touch_another(tiny):
+def test_only_what_was_stopped_in_a_loop_is_cut(tiny):
     model, _ = tiny
-    config = model.generation_config
-    rows = torch.tensor([[9] + [5] * 39, list(range(10, 50))])
-    out = model._cut_loops(rows, config)
-    assert trimmed(out[0]) == [9, 5] and torch.equal(out[1], rows[1])
+    rows = torch.tensor(
+        [
+            [9] + [5] * 54 + [0] * 9,  # stopped in a loop
+            [9] + [5] * 54 + [2] + [0] * 8,  # ended by the model: its own word, however odd
+            [9] + [5] * 63,  # cut off by its length while in a loop
+            list(range(10, 74)),
+        ]
+    )
+    loops = RepetitionLoopCriteria(0, torch.tensor([0, 2]))
+    loops.stopped = torch.tensor([True, False, False, False])
+    out = model._cut_loops(rows, model.generation_config, loops)
+    assert trimmed(out[0]) == trimmed(out[2]) == [9, 5]
+    assert torch.equal(out[1], rows[1]) and torch.equal(out[3], rows[3])
 
 
 @pytest.mark.parametrize("strategy", [{}, {"num_beams": 5}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}])

@@ -9,6 +9,7 @@ import torch
 from conftest import BACKBONES, TINY_AUDIO, build_tiny, tiny_text_config
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSpeechSeq2Seq,
     Phi4MultimodalAudioConfig,
     Phi4MultimodalAudioModel,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMForSpeechSeq2Seq, MelLLMModel
+from mel_llm.conversion import from_text_llm
 from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMConvSubsampling
 
 
@@ -487,6 +489,17 @@ def test_shards_and_device_map(tiny, tmp_path, speech_clips):
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
+def test_projector_on_disk(tiny_folder, tiny, tmp_path, speech_clips):
+    pytest.importorskip("accelerate")
+    model, processor = tiny
+    device_map = {"model.audio_embedder": "cpu", "model.language_model": "cpu", "lm_head": "cpu"}
+    loaded = MelLLMForSpeechSeq2Seq.from_pretrained(
+        tiny_folder, device_map={**device_map, "model.multi_modal_projector": "disk"}, offload_folder=str(tmp_path)
+    ).eval()
+    inputs = processor.apply_transcription_request(speech_clips[0]["array"])
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
 def test_bfloat16_keeps_its_statistics_and_agrees(tiny_folder, speech_clips, tiny):
     _, processor = tiny
     full = MelLLMForSpeechSeq2Seq.from_pretrained(tiny_folder).eval()
@@ -499,6 +512,16 @@ def test_bfloat16_keeps_its_statistics_and_agrees(tiny_folder, speech_clips, tin
     assert (a - b).abs().mean() < 0.05 * a.std()
 
 
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_casting_a_model_keeps_its_statistics(tiny, cast):
+    model, _ = tiny
+    model.model.set_feature_statistics(torch.full((80,), 12.3456), torch.full((80,), 3.21))
+    cast(model)
+    normalizer = model.model.audio_embedder.normalizer
+    assert torch.equal(normalizer.global_mean, torch.full((80,), 12.3456))
+    assert normalizer.global_invstd.dtype == torch.float32
+
+
 def test_resizing_the_vocabulary(tiny, speech_clips):
     model, processor = tiny
     inputs = processor.apply_transcription_request(speech_clips[0]["array"])
@@ -509,18 +532,49 @@ def test_resizing_the_vocabulary(tiny, speech_clips):
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
-def test_backbones_that_scale_their_scores(tokenizer, speech_clips):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("gemma2", {"final_logit_softcapping": 3.0}),
+        ("granite", {"logits_scaling": 5.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("phi", {}),  # has a bias in its output layer
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
+    ],
+)
+def test_backbones_with_output_layers_of_their_own(tokenizer, tmp_path, model_type, fields):
+    set_seed(0)
+    text_model = AutoModelForCausalLM.from_config(tiny_text_config(model_type, **fields)).eval()
+    if text_model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(text_model.get_output_embeddings().bias)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = text_model(input_ids=ids).logits
+    model, _ = from_text_llm(text_model, tokenizer, audio_config=TINY_AUDIO)
+    torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded, info = MelLLMForSpeechSeq2Seq.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected)
 
-    for model_type, fields in {
-        "gemma2": {"final_logit_softcapping": 3.0},
-        "granite": {"logits_scaling": 5.0},
-        "cohere": {"logit_scale": 0.3},
-    }.items():
-        text_model = AutoModelForCausalLM.from_config(tiny_text_config(model_type, **fields)).eval()
-        ids = torch.tensor([[5, 6, 7, 8]])
-        expected = text_model(input_ids=ids).logits
-        from mel_llm.conversion import from_text_llm
 
-        model, _ = from_text_llm(text_model, tokenizer, audio_config=TINY_AUDIO)
-        torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected)
+def test_buffers_that_a_backbone_keeps_out_of_its_checkpoint_are_restored(tmp_path):
+    text = tiny_text_config("falcon_h1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16)
+    config = MelLLMConfig(text_config=text, audio_config=TINY_AUDIO, audio_token_id=3)
+    model = MelLLMForSpeechSeq2Seq(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = MelLLMForSpeechSeq2Seq.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("mamba", {}, "'mamba' takes no past_key_values"),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "32 dimensions"),
+    ],
+)
+def test_backbones_that_cannot_work_are_refused(model_type, fields, message):
+    text = tiny_text_config(model_type, **fields)
+    with pytest.raises(ValueError, match=message):
+        MelLLMForSpeechSeq2Seq(MelLLMConfig(text_config=text, audio_config=TINY_AUDIO, audio_token_id=3))

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 from conftest import build_tiny
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, BatchFeature
 
 from mel_llm import MelLLMProcessor
@@ -148,6 +149,7 @@ def test_every_form_of_audio_gives_the_same_features(tiny, speech_clips, tmp_pat
         {"bytes": raw, "path": None},
         {"bytes": None, "path": clip["path"]},
         (clip["array"], 16000),
+        (clip["array"], np.int64(16000)),
         "data:audio/wav;base64," + base64.b64encode(buffer.getvalue()).decode(),
     ]
     for form in forms:
@@ -178,6 +180,55 @@ def test_a_backbone_with_a_template(chat, speech_clips):
     assert model.config.response_eos_token_id == im_end
     assert im_end in model.config.eos_token_id  # a transcript that ends so must end generation too
     assert im_end in model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("post", ["$A <|eos|>", "<|bos|> $A", "<|bos|> $A <|eos|>"])
+@pytest.mark.parametrize("template_has_bos", [False, True])
+def test_tokenizers_that_open_and_close_every_text(speech_clips, post, template_has_bos):
+    """Llama's opens every text, and so do the templates of some; a few close it too. A prompt is opened once, and not
+    closed, whichever way it is made."""
+    tokenizer = train_tokenizer([clip["text"] for clip in speech_clips], vocab_size=300)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=post, special_tokens=[("<|bos|>", 1), ("<|eos|>", 2)]
+    )
+    if template_has_bos:
+        tokenizer.chat_template = "{{- bos_token -}}" + CHATML.replace("<|im_start|>", "<s>").replace(
+            "<|im_end|>", "</s>"
+        )
+    model, processor = build_tiny(tokenizer)
+    array = speech_clips[0]["array"]
+    audio = processor(audio=array)
+    built, _ = model._build_prompt(audio["input_features"], audio["attention_mask"])
+    rendered = processor.apply_transcription_request(array, tokenize=False)[0]
+    for prompt in (
+        processor.apply_transcription_request(array)["input_ids"],
+        processor(text=rendered, audio=array)["input_ids"],
+        processor(text=rendered, audio=array, response="x")["input_ids"][:, : built.shape[1]],
+    ):
+        assert torch.equal(prompt, built)
+    opened = "<|bos|>" in post or template_has_bos
+    assert (built == 1).sum() == int(opened) and not (built == 2).any()
+
+
+def test_token_type_ids_are_left_out(tiny, speech_clips):
+    model, processor = tiny
+    processor.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    try:
+        for batch in (processor("a"), processor.apply_transcription_request(speech_clips[0]["array"])):
+            assert "token_type_ids" not in batch
+            model.generate(**batch, max_new_tokens=2)
+    finally:
+        processor.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+
+
+def test_languages(tiny):
+    _, processor = tiny
+    for given, written in {
+        "en": "English", "EN": "English", "en-US": "English", "zh_CN": "Chinese", "french": "French", "Lao": "Lao",
+        "Brazilian Portuguese": "Brazilian Portuguese",
+    }.items():  # fmt: skip
+        text = processor.apply_transcription_request([None], language=given, tokenize=False)[0]
+        assert f"The language is {written}." in text
 
 
 def test_language_and_prompt_reach_the_text(tiny, speech_clips):

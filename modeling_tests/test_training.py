@@ -8,8 +8,12 @@ from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -99,12 +103,10 @@ def test_collator_batches(tiny, speech_clips):
     batch = TranscriptionCollator(processor)(examples_of(speech_clips[:3]))
     assert set(batch) == {"input_features", "attention_mask", "labels"}
     for row, clip in zip(batch["labels"], speech_clips, strict=False):
-        assert processor.tokenizer.decode(row[row != -100]) == clip["text"]
+        assert processor.tokenizer.decode(row[row != -100]) == clip["text"] + "<|eos|>"
 
 
 def test_from_text_llm_keeps_the_language_model(tokenizer):
-    from transformers import AutoModelForCausalLM
-
     set_seed(3)
     text_model = AutoModelForCausalLM.from_config(tiny_text_config("qwen3")).eval()
     ids = torch.tensor([[5, 6, 7]])
@@ -113,8 +115,55 @@ def test_from_text_llm_keeps_the_language_model(tokenizer):
     assert not model.training
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert model.model.language_model is text_model.model  # taken over, not copied
     with pytest.raises(ValueError, match="num_mel_bins"):
         from_text_llm(text_model, tokenizer, audio_config={"num_mel_bins": 40})
+
+
+def test_from_text_llm_keeps_how_the_model_was_loaded(tokenizer):
+    text_model = AutoModelForCausalLM.from_config(tiny_text_config(), attn_implementation="eager").to(torch.bfloat16)
+    model, _ = from_text_llm(text_model, tokenizer, audio_config={"conv_channels": 8, "hidden_size": 16})
+    assert model.config._attn_implementation == model.model.language_model.config._attn_implementation == "eager"
+    kept = "model.audio_embedder.normalizer"
+    assert {p.dtype for name, p in model.state_dict().items() if not name.startswith(kept)} == {torch.bfloat16}
+    assert not any(parameter.is_meta for parameter in model.state_dict().values())
+    with torch.device("meta"):
+        text_model = AutoModelForCausalLM.from_config(tiny_text_config())
+    model, _ = from_text_llm(text_model, tokenizer, audio_config={"conv_channels": 8, "hidden_size": 16})
+    assert model.num_parameters() > 0 and all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_from_text_llm_takes_the_decoder_out_of_a_multimodal_model(tokenizer, tmp_path):
+    text = tiny_text_config("gemma3_text").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = whole(input_ids=ids).logits
+    model, _ = from_text_llm(whole, tokenizer, audio_config={"conv_channels": 8, "hidden_size": 16})
+    assert type(model.model.language_model).__name__ == "Gemma3TextModel"
+    torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_from_text_llm_refuses_what_it_cannot_take_over(tokenizer):
+    peft = pytest.importorskip("peft")
+    text_model = AutoModelForCausalLM.from_config(tiny_text_config())
+    adapted = peft.get_peft_model(text_model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        from_text_llm(adapted, tokenizer)
+
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 3
+            return output
+
+    with pytest.raises(ValueError, match="scores"):
+        from_text_llm(Odd(tiny_text_config()), tokenizer, audio_config={"conv_channels": 8, "hidden_size": 16})
 
 
 # --- Trainer ------------------------------------------------------------------------------------------------------------
@@ -148,6 +197,43 @@ def test_trainer_trains_saves_and_resumes(tiny, speech_clips, tmp_path):
     )
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 5
+
+
+@pytest.mark.parametrize("texts", [["Thirty", "No.", "Hello world.", "a"], ["a", "b", "c", "d"], ["", "", "", ""]])
+@pytest.mark.parametrize("with_end", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_trainer_averages_over_the_tokens_that_there_are(
+    tiny, speech_clips, tmp_path, texts, with_end, accumulation
+):
+    """The Trainer counts the tokens of a batch itself, and what it divides by must be what the model sums over."""
+    model, processor = tiny
+    examples = [{"audio": clip["array"], "text": text} for clip, text in zip(speech_clips, texts, strict=False)]
+    collator = TranscriptionCollator(processor)
+    expected = model(**collator(examples)).loss.item()
+
+    def without_end(examples):  # as collators written for Whisper make labels
+        batch = collator(examples)
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == processor.tokenizer.eos_token_id, -100)
+        return batch
+
+    trainer = Trainer(
+        model.train(),
+        arguments(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+        ),
+        train_dataset=examples,
+        data_collator=collator if with_end else without_end,
+    )
+    trainer.train()
+    loss = float(trainer.state.log_history[0]["loss"])
+    if with_end:
+        assert loss == pytest.approx(expected, rel=1e-3)
+    elif all(texts):
+        assert expected < loss < 4 * expected  # the ends of text are summed but were not counted
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 def test_the_statistics_are_saved_and_not_trained(tiny, tmp_path):
@@ -325,3 +411,10 @@ def test_command_line(trained, tmp_path):
     assert result.exit_code == 1
     assert clips[0]["text"] in result.stdout and clips[1]["text"] in result.stdout
     assert "broken.wav" in result.stderr
+    for bad in (
+        ["--model", "no-such-folder"],
+        ["--model", folder, "--language", "xx"],
+        ["--model", folder, "--device", "x"],
+    ):
+        result = runner.invoke(app, ["transcribe", clips[0]["path"], *bad])
+        assert result.exit_code == 2 and "mel-llm: " in result.stderr and not result.stdout

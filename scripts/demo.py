@@ -77,6 +77,7 @@ def train(clips: list[dict], folder: Path, epochs: int, seed: int) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=20,
         dataloader_pin_memory=False,
+        disable_tqdm=False,
         logging_steps=60,
         save_strategy="no",
         report_to="none",
@@ -104,6 +105,8 @@ def main() -> None:
     for file in arguments.files:
         if not os.path.isfile(file):
             sys.exit(f"There is no file {file!r}.")
+    if arguments.model is not None and not (arguments.model / "config.json").is_file():
+        sys.exit(f"There is no model in {str(arguments.model)!r}.")
     logging.set_verbosity_error()
 
     clips = read_clips()
@@ -123,7 +126,10 @@ def main() -> None:
     rate = recogniser.feature_extractor.sampling_rate
     if arguments.files:
         for file in arguments.files:
-            print(f"{file}: {recogniser(load_audio(file, sampling_rate=rate))['text']}")
+            try:
+                print(f"{file}: {recogniser(load_audio(file, sampling_rate=rate))['text']}")
+            except (OSError, ValueError) as error:
+                print(f"{file}: {error}", file=sys.stderr)
         return
 
     started = time.time()

@@ -6,7 +6,7 @@ of it looks for its classes:
     python -m mel_llm run_speech_recognition_seq2seq.py --model_name_or_path ./my-mel-llm ...
     python -m mel_llm serve ./my-mel-llm
 
-A path that ends in `.py` is run as a script; `-m NAME` runs a module; anything else is a command of the
+A file, or a path that ends in `.py`, is run as a script; `-m NAME` runs a module; anything else is a command of the
 `transformers` command line.
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
             sys.exit("python -m mel_llm -m: name the module to run.")
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    elif arguments[0].endswith(".py"):
+    elif arguments[0].endswith(".py") or os.path.isfile(arguments[0]):
         script = arguments[0]
         if not os.path.isfile(script):
             sys.exit(f"python -m mel_llm: there is no script {script!r}.")

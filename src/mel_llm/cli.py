@@ -32,9 +32,15 @@ def transcribe(
     import mel_llm
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(model)
-    recogniser = AutoModelForSpeechSeq2Seq.from_pretrained(model).to(device).eval()
     default_prompt = language is None and prompt is None
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        if not default_prompt:  # before any file is touched
+            processor.apply_transcription_request([None], language=language, prompt=prompt, tokenize=False)
+        recogniser = AutoModelForSpeechSeq2Seq.from_pretrained(model).to(device).eval()
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        print(f"mel-llm: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
     failed = 0
     for file in files:
         try:

@@ -7,11 +7,13 @@ Where each default comes from is said field by field: "paper" is what the Mel-LL
 states, "ours" is a choice of this package.
 """
 
+import difflib
 import math
 from numbers import Real
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 
 
@@ -51,6 +53,26 @@ def _check_bool(config: PreTrainedConfig, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, bool):
         _fail(type(config).__name__, name, value, "True or False")
+
+
+def _check_token_ids(config: PreTrainedConfig, name: str, vocab_size: int) -> None:
+    """A token id, or for the end of text a list of them; `None` where there is none."""
+    value = getattr(config, name)
+    if value is None:
+        return
+    many = isinstance(value, list | tuple) and name == "eos_token_id"
+    ids = value if many else [value]
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids):
+        _fail(type(config).__name__, name, value, f"a token id from 0 to {vocab_size - 1}")
+
+
+def _check_unknown(config: PreTrainedConfig, kwargs: dict) -> None:
+    """Refuses fields that are not there but look like one that is. Other unknown fields are kept, as in any config."""
+    known = [name for name in type(config).__dataclass_fields__ if not name.startswith("_")]
+    for name in kwargs:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if close and not hasattr(PreTrainedConfig, name):
+            raise ValueError(f"{type(config).__name__}: there is no `{name}`; did you mean `{close[0]}`?")
 
 
 class MelLLMAudioConfig(PreTrainedConfig):
@@ -118,7 +140,10 @@ class MelLLMAudioConfig(PreTrainedConfig):
         _check_choice(self, "encoder_type", ("none", "conformer"))
         _check_number(self, "projector_dropout", 0.0, 1.0)
         _check_number(self, "silence_threshold", optional=True)
+        _check_number(self, "initializer_range", 0.0)
         _check_bool(self, "bidirectional_attention")
+        for name in ("conv_activation", "projector_activation"):
+            _check_choice(self, name, tuple(ACT2FN))
         if self.encoder_type == "conformer" and not self.has_conv:
             _fail(
                 type(self).__name__,
@@ -128,6 +153,18 @@ class MelLLMAudioConfig(PreTrainedConfig):
             )
         if self.encoder_type == "none" and self.encoder_config is not None:
             _fail(type(self).__name__, "encoder_config", self.encoder_config, 'None while `encoder_type="none"`')
+        if self.encoder_config is not None:
+            from transformers import Phi4MultimodalAudioConfig
+
+            fields = Phi4MultimodalAudioConfig().to_dict()
+            if not isinstance(self.encoder_config, dict) or not self.encoder_config.keys() <= fields.keys():
+                _fail(
+                    type(self).__name__,
+                    "encoder_config",
+                    self.encoder_config,
+                    "a dict of fields of Phi4MultimodalAudioConfig",
+                )
+        _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
 
     @property
@@ -214,6 +251,7 @@ class MelLLMSpeechConfig(PreTrainedConfig):
         _check_number(self, "history_dropout", 0.0, 1.0)
         for name in ("kl_weight", "flux_weight", "stop_weight", "stop_positive_weight", "delta_weight"):
             _check_number(self, name, 0.0)
+        _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
 
 
@@ -239,6 +277,7 @@ class MelLLMVocoderConfig(PreTrainedConfig):
         _check_int(self, "sampling_rate")
         if self.vocoder_kwargs is not None and not isinstance(self.vocoder_kwargs, dict):
             _fail(type(self).__name__, "vocoder_kwargs", self.vocoder_kwargs, "a dict or None")
+        _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
 
 
@@ -288,6 +327,7 @@ class MelLLMConfig(PreTrainedConfig):
             Phi-4's and Llama 3's configs).
         decoder_start_token_id (`int`, *optional*): Not used by the model. Training scripts written for Whisper ask
             for it; the beginning-of-sequence id when not given.
+        lm_head_bias (`bool`, defaults to `False`): Whether the output layer has a bias, as that of Phi-2 or GPT-J.
         tie_word_embeddings (`bool`, *optional*): Whether the output layer shares the input embeddings; taken from
             `text_config` when not given.
 
@@ -328,6 +368,7 @@ class MelLLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     response_eos_token_id: int | None = None
     decoder_start_token_id: int | None = None
+    lm_head_bias: bool = False
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -344,7 +385,9 @@ class MelLLMConfig(PreTrainedConfig):
         _check_int(self, "audio_token_id", minimum=0, maximum=vocab_size - 1)
         for name in ("prompt_prefix_ids", "prompt_suffix_ids"):
             ids = getattr(self, name) or []
-            valid = isinstance(ids, list | tuple) and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids)
+            valid = isinstance(ids, list | tuple) and all(
+                isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids
+            )
             if not valid:
                 _fail(type(self).__name__, name, ids, f"a list of token ids from 0 to {vocab_size - 1}")
             setattr(self, name, list(ids))
@@ -352,18 +395,30 @@ class MelLLMConfig(PreTrainedConfig):
 
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
-                setattr(self, name, getattr(self.text_config, name, None))
+                setattr(self, name, self._inherited_ids(name))
+            _check_token_ids(self, name, vocab_size)
         eos_ids = self.eos_token_id if isinstance(self.eos_token_id, list | tuple) else [self.eos_token_id]
-        first_eos = eos_ids[0]
         if self.response_eos_token_id is None:
             self.response_eos_token_id = eos_ids[-1]
         if self.pad_token_id is None:
-            self.pad_token_id = first_eos
+            self.pad_token_id = 0 if eos_ids[0] is None else eos_ids[0]  # masked wherever it stands
         if self.decoder_start_token_id is None:
-            self.decoder_start_token_id = self.bos_token_id if self.bos_token_id is not None else first_eos
+            self.decoder_start_token_id = self.bos_token_id if self.bos_token_id is not None else eos_ids[0]
+        for name in ("response_eos_token_id", "decoder_start_token_id"):
+            _check_token_ids(self, name, vocab_size)
+        _check_bool(self, "lm_head_bias")
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        _check_bool(self, "tie_word_embeddings")
+        _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
+
+    def _inherited_ids(self, name: str) -> int | list[int] | None:
+        """The text config's ids, as far as they are in its vocabulary: a shrunken config keeps its family's."""
+        value = getattr(self.text_config, name, None)
+        if isinstance(value, list | tuple):
+            return [i for i in value if 0 <= i < self.text_config.vocab_size] or None
+        return value if isinstance(value, int) and 0 <= value < self.text_config.vocab_size else None
 
     @staticmethod
     def _build_text_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -383,7 +438,10 @@ class MelLLMConfig(PreTrainedConfig):
             _fail("MelLLMConfig", "text_config", value, "a config or a dict")
         # A multimodal backbone's config (Gemma 3, Llama 4, ...) carries the language model's as a part.
         value = value.get_text_config(decoder=True)
-        if not hasattr(value, "vocab_size") or getattr(value, "is_encoder_decoder", False):
+        is_encoder = value.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+            value, "is_decoder", False
+        )
+        if not hasattr(value, "vocab_size") or getattr(value, "is_encoder_decoder", False) or is_encoder:
             _fail("MelLLMConfig", "text_config", value.model_type, "the config of a decoder-only language model")
         return value
 

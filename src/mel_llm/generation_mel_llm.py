@@ -24,11 +24,11 @@ logger = logging.get_logger(__name__)
 # Tokens that a transcript may have beyond its rate per second: a word or two in a clip of a few frames
 _BUDGET_CONSTANT = 16
 
-# A transcript that ends in the same up to 16 tokens at least 8 times in a row, and that for at least 32 tokens, is a
-# loop and not speech.
+# A transcript that goes on with the same up to 16 tokens at least 12 times in a row, and that for at least 48 tokens, is
+# a loop and not speech.
 _LOOP_MAX_PERIOD = 16
-_LOOP_MIN_REPEATS = 8
-_LOOP_MIN_TOKENS = 32
+_LOOP_MIN_REPEATS = 12
+_LOOP_MIN_TOKENS = 48
 # Looking at every step would cost a small model more than its own step
 _LOOP_CHECK_EVERY = 8
 
@@ -64,17 +64,21 @@ class AudioBudgetCriteria(StoppingCriteria):
 
 
 class RepetitionLoopCriteria(StoppingCriteria):
-    """Ends each row that repeats itself: see the constants above."""
+    """Ends each row that repeats itself: see the constants above. `stopped` tells which rows those were."""
 
-    def __init__(self, prompt_length: int):
+    def __init__(self, prompt_length: int, end_ids: torch.Tensor):
         self.prompt_length = prompt_length
+        self.end_ids = end_ids  # a row that has ended goes on with these, which is no loop
+        self.stopped: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         length = input_ids.shape[1] - self.prompt_length
-        if length < _LOOP_MIN_TOKENS or length % _LOOP_CHECK_EVERY:
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        window = min(length, _LOOP_MIN_REPEATS * _LOOP_MAX_PERIOD)
-        return _loop_period(input_ids[:, -window:]) > 0
+        found = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if length >= _LOOP_MIN_TOKENS and length % _LOOP_CHECK_EVERY == 0:
+            window = min(length, _LOOP_MIN_REPEATS * _LOOP_MAX_PERIOD)
+            found = (_loop_period(input_ids[:, -window:]) > 0) & ~torch.isin(input_ids[:, -1], self.end_ids)
+        self.stopped = found if self.stopped is None else self.stopped | found
+        return found
 
 
 class SilenceLogitsProcessor(LogitsProcessor):
@@ -149,8 +153,9 @@ class MelLLMGenerationMixin(GenerationMixin):
         * `generate(input_features, attention_mask=...)`, the features being `(batch, frames, num_mel_bins)`, puts the
           default prompt around each clip and returns the transcripts alone. Here `max_new_tokens` and `max_length`
           both count tokens of the transcript; each clip also has a budget of its own,
-          `config.max_text_tokens_per_second` times its duration plus 16 tokens; a transcript that falls into a loop
-          ends there, and the loop is cut to its first round; a silent clip gives an empty transcript.
+          `config.max_text_tokens_per_second` times its duration plus 16 tokens, unless `max_new_tokens` or
+          `max_length` is an argument of the call; a transcript that falls into a loop ends there, and the loop is cut
+          to its first round; a silent clip gives an empty transcript. Neither guard is at work with `min_new_tokens`.
 
         Raises:
             ValueError: What the forward pass raises for features or masks of the wrong shape.
@@ -179,20 +184,23 @@ class MelLLMGenerationMixin(GenerationMixin):
         prompt_length = input_ids.shape[1]
 
         num_frames = torch.full((len(features),), features.shape[1]) if mask is None else mask.sum(-1)
-        generation_config, min_new_tokens = self._transcript_lengths(
-            generation_config, kwargs, int(self._audio_budgets(num_frames).max())
-        )
-        budgets = self._audio_budgets(num_frames).clamp(min=min_new_tokens).to(input_ids.device)
+        budgets = self._audio_budgets(num_frames)
+        generation_config, budgets = self._transcript_lengths(generation_config, kwargs, budgets)
         self._warn_if_too_long(prompt_length + generation_config.max_new_tokens)
         stopping_criteria = StoppingCriteriaList(
-            [*(stopping_criteria or []), AudioBudgetCriteria(budgets, prompt_length)]
+            [*(stopping_criteria or []), AudioBudgetCriteria(budgets.to(input_ids.device), prompt_length)]
         )
         logits_processor = LogitsProcessorList(logits_processor or [])
-        if min_new_tokens == 0:  # who asks for a number of tokens, as benchmarks do, gets it
-            stopping_criteria.append(RepetitionLoopCriteria(prompt_length))
+        loops = None
+        if not generation_config.min_new_tokens:  # who asks for a number of tokens, as benchmarks do, gets it
+            eos_ids = self._eos_token_ids(generation_config)
+            end_ids = torch.tensor([self._pad_token_id(generation_config), *eos_ids], device=input_ids.device)
+            loops = RepetitionLoopCriteria(prompt_length, end_ids)
+            stopping_criteria.append(loops)
             silent = self._silent_clips(features, mask)
-            if silent is not None and self.config.response_eos_token_id is not None:
-                logits_processor.append(SilenceLogitsProcessor(silent, self.config.response_eos_token_id))
+            if silent is not None and eos_ids:
+                eos = self.config.response_eos_token_id
+                logits_processor.append(SilenceLogitsProcessor(silent, eos if eos in eos_ids else eos_ids[0]))
 
         output = super().generate(
             input_ids,
@@ -204,37 +212,46 @@ class MelLLMGenerationMixin(GenerationMixin):
             input_features_mask=mask,
             **kwargs,
         )
-        if isinstance(output, torch.Tensor):
-            return self._cut_loops(output[:, prompt_length:], generation_config)
-        output["sequences"] = self._cut_loops(output["sequences"][:, prompt_length:], generation_config)
-        return output
+        as_dict = not isinstance(output, torch.Tensor)
+        transcripts = (output["sequences"] if as_dict else output)[:, prompt_length:]
+        if loops is not None:
+            transcripts = self._cut_loops(transcripts, generation_config, loops)
+        if as_dict:
+            output["sequences"] = transcripts
+            return output
+        return transcripts
 
     def _transcript_lengths(
-        self, generation_config: GenerationConfig | None, kwargs: dict, budget: int
-    ) -> tuple[GenerationConfig, int]:
-        """A generation config whose limits count tokens of the transcript and keep to the audio's budget, and the
-        least number of tokens asked for. Takes what belongs to the config out of `kwargs`."""
+        self, generation_config: GenerationConfig | None, kwargs: dict, budgets: torch.LongTensor
+    ) -> tuple[GenerationConfig, torch.LongTensor]:
+        """A generation config whose limits count tokens of the transcript, and the budget of each clip under them.
+        Takes what belongs to the config out of `kwargs`."""
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
 
-        def limit(name: str, total_name: str):
+        def argument(name: str, total_name: str) -> int | None:
             new, total = kwargs.pop(name, None), kwargs.pop(total_name, None)
-            if new is None:
-                new = total
-            if new is None:
-                new = getattr(config, name)
+            return total if new is None else new
+
+        def configured(name: str, total_name: str) -> int | None:
+            new = getattr(config, name)
             return getattr(config, total_name) if new is None else new
 
-        longest = limit("max_new_tokens", "max_length")
-        least = limit("min_new_tokens", "min_length") or 0
-        budget = max(budget, least)
-        config.max_new_tokens = budget if longest is None else min(longest, budget)
+        asked = argument("max_new_tokens", "max_length")
+        least = argument("min_new_tokens", "min_length")
+        least = (configured("min_new_tokens", "min_length") if least is None else least) or 0
+        if asked is not None:
+            # Who names a number in the call knows better than a rate
+            budgets = torch.full_like(budgets, max(asked, least))
+        else:
+            budgets = budgets.clamp(min=least, max=configured("max_new_tokens", "max_length"))
+        config.max_new_tokens = int(budgets.max())
         config.min_new_tokens = least or None
         config.max_length = config.min_length = None
         # The library wants its arguments in the config or beside it, not in both
         rest = config.update(**kwargs)
         kwargs.clear()
         kwargs.update(rest)
-        return config, least
+        return config, budgets
 
     def _warn_if_too_long(self, num_tokens: int) -> None:
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
@@ -244,22 +261,30 @@ class MelLLMGenerationMixin(GenerationMixin):
                 f"{limit}. Cut the audio into shorter pieces, or expect errors in the transcript."
             )
 
-    def _cut_loops(self, sequences: torch.LongTensor, generation_config: GenerationConfig) -> torch.LongTensor:
-        """Keeps the first round of a loop that a transcript ended in, and pads the rest away."""
-        pad = self.config.pad_token_id if generation_config.pad_token_id is None else generation_config.pad_token_id
-        ends = torch.tensor([pad, *self._eos_token_ids(generation_config)], device=sequences.device)
-        lengths = sequences.shape[1] - torch.isin(sequences, ends).flip(1).long().cumprod(1).sum(1)
+    def _cut_loops(
+        self, sequences: torch.LongTensor, generation_config: GenerationConfig, loops: RepetitionLoopCriteria
+    ) -> torch.LongTensor:
+        """Keeps the first round of a loop that a transcript was stopped in, and pads the rest away."""
+        # Beams change places as they grow, so there it is not known which of them the criteria stopped
+        stopped = loops.stopped if (generation_config.num_beams or 1) == 1 else None
+        lengths = sequences.shape[1] - torch.isin(sequences, loops.end_ids).flip(1).long().cumprod(1).sum(1)
         cut = sequences
         for row, length in enumerate(lengths.tolist()):
-            if length < _LOOP_MIN_TOKENS:
+            # One that the model ended by itself is the model's word; one cut off by its length is not
+            ended = stopped is not None and not stopped[row] and length < sequences.shape[1]
+            if length < _LOOP_MIN_TOKENS or ended:
                 continue
             tokens = sequences[row, :length]
             period = int(_loop_period(tokens[None]))
             if period:
                 same = (tokens[period:] == tokens[:-period]).flip(0).long().cumprod(0).sum()
                 cut = cut.clone() if cut is sequences else cut
-                cut[row, length - int(same) :] = pad
+                cut[row, length - int(same) :] = self._pad_token_id(generation_config)
         return cut
+
+    def _pad_token_id(self, generation_config: GenerationConfig) -> int:
+        pad = generation_config.pad_token_id
+        return self.config.pad_token_id if pad is None else pad
 
     def _eos_token_ids(self, generation_config: GenerationConfig) -> list[int]:
         eos = generation_config.eos_token_id
@@ -279,6 +304,37 @@ class MelLLMGenerationMixin(GenerationMixin):
         model_kwargs.pop("inputs_embeds", None)
         inputs = self._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
         return inputs, "input_ids", model_kwargs
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
+        # The Seq2SeqTrainer leaves a `max_length` in the model's generation config. `max_new_tokens` wins over it, as it
+        # should, and a warning at every evaluation step helps nobody.
+        has_default_max_length = has_default_max_length or generation_config.max_new_tokens is not None
+        return super()._prepare_generated_length(
+            generation_config, has_default_max_length=has_default_max_length, **kwargs
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # The library repeats every tensor row by row, but clips are not rows: a text may have several or none. Each of
+        # its copies needs all of its clips, in their order.
+        features = model_kwargs.pop("input_features", None)
+        mask = model_kwargs.pop("input_features_mask", None)
+        if features is not None and expand_size > 1:
+            if input_ids is None:
+                raise ValueError("Beams and several return sequences need `input_ids` to tell whose audio is whose.")
+            num_frames = torch.full((len(features),), features.shape[1]) if mask is None else mask.sum(-1)
+            ends = self.config.audio_config.num_audio_tokens(num_frames).cumsum(0).to(input_ids.device)
+            row_ends = (input_ids == self.config.audio_token_id).sum(-1).cumsum(0)
+            row_of_clip = torch.searchsorted(row_ends, ends)  # the row in whose audio tokens the clip ends
+            clips = [torch.where(row_of_clip == row)[0].repeat(expand_size) for row in range(len(input_ids))]
+            index = torch.cat(clips).to(features.device)
+            features = features[index]
+            mask = None if mask is None else mask[index.to(mask.device)]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if features is not None:
+            model_kwargs.update(input_features=features, input_features_mask=mask)
+        return input_ids, model_kwargs
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
         # A draft model that only knows text reads the transcript so far, and placeholders where the audio is

@@ -7,6 +7,7 @@ What follows the paper (arXiv 2606.10231, whose front end is Phi-4-multimodal's)
 docstring. There is no speech encoder unless a config asks for the paper's encoder baseline.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
@@ -62,8 +64,17 @@ class MelLLMFeatureNorm(nn.Module):
         self.register_buffer("global_mean", torch.zeros(config.num_mel_bins))
         self.register_buffer("global_invstd", torch.ones(config.num_mel_bins))
 
+    def _apply(self, fn, *args, **kwargs):
+        # Moves between devices but stays float32 when a model is cast: in bfloat16, means near 15 have steps of 0.06,
+        # and what is lost would be lost in every checkpoint saved from then on.
+        before = dict(self.named_buffers())
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in before.items():
+            if (cast := getattr(self, name)).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(cast.device))
+        return self
+
     def forward(self, input_features: torch.Tensor) -> torch.Tensor:
-        # In float32 whatever the weights are: log-mel values near 15 have steps of 0.06 in bfloat16.
         return (input_features.float() - self.global_mean.float()) * self.global_invstd.float()
 
 
@@ -203,6 +214,13 @@ class MelLLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers does not restore the buffers that custom code keeps out of its checkpoints, because older custom
+        # code wrote over loaded weights there. This code initialises as the library does, and some backbones (Falcon-H1)
+        # have such buffers.
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if getattr(module, "_uniform_init", False):
@@ -277,9 +295,24 @@ class MelLLMModel(MelLLMPreTrainedModel):
         self.audio_embedder = MelLLMAudioEmbedder(config.audio_config)
         self.multi_modal_projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
+        self._check_backbone()
         # Whether one decoding step compiles to one graph is for the backbone to say
         self._can_compile_fullgraph = self.language_model._can_compile_fullgraph
         self.post_init()
+
+    def _check_backbone(self) -> None:
+        model_type, width = self.config.text_config.model_type, self.config.text_config.hidden_size
+        missing = {"inputs_embeds", "past_key_values"} - set(inspect.signature(self.language_model.forward).parameters)
+        if missing:
+            raise ValueError(
+                f"`text_config`: {model_type!r} takes no {' and no '.join(sorted(missing))}, so it cannot read audio "
+                "tokens and go on from them. Use a language model with attention and a key-value cache."
+            )
+        if (embedding_width := self.get_input_embeddings().weight.shape[-1]) != width:
+            raise ValueError(
+                f"`text_config`: this {model_type!r} embeds tokens in {embedding_width} dimensions but computes in "
+                f"{width}; backbones that project between the two are not supported."
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -358,15 +391,13 @@ class MelLLMModel(MelLLMPreTrainedModel):
         input_features, mask = self._check_features(input_features, mask)
         lengths = None if mask is None else mask.sum(-1)
 
-        parameter = self.multi_modal_projector.linear_1.weight
-        input_features = input_features.to(parameter.device)
-        lengths = None if lengths is None else lengths.to(parameter.device)
-        hidden_states = self.audio_embedder(input_features, lengths, dtype=parameter.dtype)
+        dtype = self.multi_modal_projector.linear_1.weight.dtype
+        hidden_states = self.audio_embedder(input_features, lengths, dtype=dtype)
         hidden_states = self.multi_modal_projector(hidden_states)
         if lengths is None:
             valid = hidden_states.flatten(0, 1)
         else:
-            token_lengths = self.config.audio_config.num_audio_tokens(lengths)
+            token_lengths = self.config.audio_config.num_audio_tokens(lengths).to(hidden_states.device)
             valid = hidden_states[_length_mask(token_lengths, hidden_states.shape[1])]
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=valid)
 
@@ -466,7 +497,8 @@ class MelLLMModel(MelLLMPreTrainedModel):
                 )
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             # A generated token is never the audio token, so single steps need not pay for looking
-            if past_key_values is None and (input_ids == self.config.audio_token_id).any():
+            is_start = past_key_values is None or past_key_values.get_seq_length() == 0
+            if is_start and (input_ids == self.config.audio_token_id).any():
                 raise ValueError("`input_ids` has audio tokens but there are no `input_features`.")
 
         outputs = self.language_model(
@@ -479,9 +511,9 @@ class MelLLMModel(MelLLMPreTrainedModel):
         )
         return MelLLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
             audio_hidden_states=audio_tokens,
         )
 
@@ -522,17 +554,19 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         super().__init__(config)
         self.model = MelLLMModel(config)
         text_config = config.text_config
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         self._can_compile_fullgraph = self.model._can_compile_fullgraph
-        # The class name is in no table of losses, and the warning about that would puzzle everyone
-        self.loss_type = "ForCausalLM"
+        # Set here and not by name (`loss_type`): for a loss of that name the Trainer counts the tokens of a batch from
+        # the second on, but the first token of a transcript given as labels is one to predict. For labels beside
+        # `input_ids` both counts are the same, since an answer never comes first.
+        self.loss_function = ForCausalLMLoss
         # Where the input embeddings lie depends on the backbone
         embeddings = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         # Greedy, and long enough for any audio (which has a limit of its own, see `generate`): the pipeline would
         # otherwise take five beams and cut at 256 tokens. And nobody writes the placeholder of audio.
-        self.generation_config.update(num_beams=1, max_new_tokens=4096, suppress_tokens=[config.audio_token_id])
+        self.generation_config.update(num_beams=1, max_new_tokens=1024, suppress_tokens=[config.audio_token_id])
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -564,10 +598,13 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         """The output layer as the backbone's own causal model would apply it: some backbones scale or cap scores."""
         config = self.config.text_config
         logits = self.lm_head(hidden_states)
-        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / scale
-        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * scale
+        if (scale := getattr(config, "logits_scaling", None)) is not None:
+            logits = (
+                logits * scale if config.model_type.startswith("hyperclovax") else logits / scale
+            )  # Granite divides
+        for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, ...
+            if (scale := getattr(config, name, None)) is not None:
+                logits = logits * scale
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
@@ -655,7 +692,9 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
                 "`input_features` alone give the model nothing to score. Call `generate(input_features, ...)` for a "
                 "transcript, or pass `labels` or `input_ids` as well. If a speech recognition pipeline raised this, it "
                 "holds a PeftModel, which it takes for a CTC model: pass it the adapter's folder instead, or "
-                "`peft_model.merge_and_unload()`."
+                "`peft_model.merge_and_unload()`. If the Trainer did, an option such as `label_smoothing_factor` or "
+                "`compute_loss_func` took the labels away: those need batches with `input_ids`, as "
+                "`processor.apply_chat_template(..., output_labels=True)` makes them."
             )
         input_features, mask = self.model._check_features(input_features, mask)
         prompt_ids, prompt_mask = self._build_prompt(input_features, mask)
@@ -675,6 +714,9 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         )
         # The state at the prompt's last token predicts the first label, and so on
         logits = self._output_logits(outputs.last_hidden_state[:, prompt_ids.shape[1] - 1 : -1])
+        if kwargs.get("num_items_in_batch") is not None:
+            # Counted before the ends of text were added; with none but empty transcripts it would be 0
+            kwargs["num_items_in_batch"] = torch.as_tensor(kwargs["num_items_in_batch"]).clamp(min=1)
         loss = self.loss_function(
             logits=logits, labels=None, shift_labels=labels, vocab_size=self.config.vocab_size, **kwargs
         )

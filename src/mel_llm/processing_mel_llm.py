@@ -7,6 +7,7 @@ text.", in the chat template of whatever language model is behind. Everything el
 import os
 import re
 import tempfile
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def _is_clip(value) -> bool:
     if isinstance(value, list):
         return len(value) > 0 and isinstance(value[0], int | float)
     if isinstance(value, tuple):  # (samples, rate); any other tuple is a list of clips
-        return len(value) == 2 and isinstance(value[1], int) and not isinstance(value[0], int | float)
+        return len(value) == 2 and isinstance(value[1], Integral) and not isinstance(value[0], int | float)
     return True
 
 
@@ -191,16 +192,19 @@ class MelLLMProcessor(ProcessorMixin):
         self._check_places(text, audio)
         if response is not None:
             return self._with_response(text, audio, response, output_labels, kwargs)
-        text_kwargs = self._text_defaults(kwargs, padding_side="left")
+        text, text_kwargs = self._with_special_tokens(text, self._text_defaults(kwargs, padding_side="left"))
         if audio is None:
             kwargs = {**kwargs, **text_kwargs}
             for name in ("text_kwargs", "audio_kwargs", "common_kwargs", "device", "return_attention_mask"):
                 kwargs.pop(name, None)
-            return BatchFeature(dict(self.tokenizer(text, return_tensors=return_tensors, **kwargs)))
-        kwargs["text_kwargs"] = text_kwargs
-        return super().__call__(
-            text=text, audio=audio, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs
-        )
+            batch = BatchFeature(dict(self.tokenizer(text, return_tensors=return_tensors, **kwargs)))
+        else:
+            kwargs["text_kwargs"] = text_kwargs
+            batch = super().__call__(
+                text=text, audio=audio, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs
+            )
+        batch.pop("token_type_ids", None)  # some tokenizers make them; the model takes none
+        return batch
 
     def _sort_inputs(self, inputs: tuple, audio, text) -> tuple:
         if len(inputs) > 2:
@@ -244,7 +248,7 @@ class MelLLMProcessor(ProcessorMixin):
     def _text_defaults(kwargs: dict, padding_side: str) -> dict:
         """The tokenizer's keyword arguments, with padding as this model needs it unless the caller says otherwise."""
         text_kwargs = {"padding": True, "padding_side": padding_side, **kwargs.pop("text_kwargs", {})}
-        for name in ("padding", "padding_side"):
+        for name in ("padding", "padding_side", "add_special_tokens"):
             if name in kwargs:
                 text_kwargs[name] = kwargs.pop(name)
         return text_kwargs
@@ -312,31 +316,42 @@ class MelLLMProcessor(ProcessorMixin):
                 target[mask.bool()] = torch.tensor(row["labels"])
         return BatchFeature({**batch, **features})
 
-    def _tokenize(self, text: str, first: bool) -> list[int]:
-        """Token ids of the text at a row's beginning, or of a piece that goes on. A template that writes the
-        beginning-of-sequence token itself gets no second one."""
-        bos = self.tokenizer.bos_token
-        add_special_tokens = first and not (bos is not None and text.startswith(bos))
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        # Some tokenizers close every text; here it goes on
-        if add_special_tokens and ids and ids[-1] == self.tokenizer.eos_token_id and not self._ends_with_eos(text):
-            ids = ids[:-1]
-        return ids
+    def _with_special_tokens(self, text, text_kwargs: dict) -> tuple:
+        """Text and tokenizer arguments such that a text begins as the tokenizer wants and does not end.
 
-    def _ends_with_eos(self, text: str) -> bool:
-        return self.tokenizer.eos_token is not None and text.endswith(self.tokenizer.eos_token)
+        A template that writes the beginning-of-sequence token itself gets no second one; and a tokenizer that closes
+        every text does not close a prompt, which is to go on.
+        """
+        if "add_special_tokens" in text_kwargs:
+            return text, text_kwargs
+        texts = [text] if isinstance(text, str) else list(text)
+        bos = self.tokenizer.bos_token
+        has_bos = [bos is not None and sample.startswith(bos) for sample in texts]
+        probe = self.tokenizer("a")["input_ids"]
+        closes = self.tokenizer.eos_token_id is not None and probe[-1] == self.tokenizer.eos_token_id
+        if not any(has_bos) and not closes:
+            return text, text_kwargs
+        opens = bos is not None and probe[0] == self.tokenizer.bos_token_id
+        texts = [bos + sample if opens and not has else sample for sample, has in zip(texts, has_bos, strict=True)]
+        return texts[0] if isinstance(text, str) else texts, {**text_kwargs, "add_special_tokens": False}
+
+    def _tokenize(self, text: str, first: bool) -> list[int]:
+        """Token ids of the text at a row's beginning, or of a piece that goes on from there."""
+        kwargs = {} if first else {"add_special_tokens": False}
+        text, kwargs = self._with_special_tokens(text, kwargs)
+        return self.tokenizer(text, **kwargs)["input_ids"]
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
     def _request(self, audio, language: str | None, prompt: str | None) -> list[dict]:
         instruction = self.transcription_instruction
         if language is not None:
-            name = LANGUAGES.get(language.lower(), language)
-            if len(name) < 4:
+            name = LANGUAGES.get(re.split("[-_]", language.lower())[0], language)  # "en-US" is English too
+            if name == language and len(name) < 4 and name.islower():
                 raise ValueError(
                     f"`language` {language!r} is not known. Give its English name, or one of {LANGUAGES}."
                 )
-            instruction = f"{instruction} The language is {name.capitalize()}.".strip()
+            instruction = f"{instruction} The language is {name[:1].upper() + name[1:]}.".strip()
         if prompt:
             instruction = f"{instruction} {prompt}".strip()
         content = [{"type": "audio", "audio": audio}]

@@ -4,11 +4,18 @@ import copy
 import re
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
 from ..feature_extraction_mel_llm import MelLLMFeatureExtractor
-from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
+from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMForSpeechSeq2Seq, MelLLMProjector
 from ..processing_mel_llm import MelLLMProcessor
 
 
@@ -80,7 +87,8 @@ def from_text_llm(
         see [`MelLLMModel.set_feature_statistics`].
 
     Raises:
-        ValueError: The tokenizer has no end-of-sequence token, or a config is not valid.
+        ValueError: The tokenizer has no end-of-sequence token, a config is not valid, or the language model is of a
+            kind that cannot be taken over.
     """
     if tokenizer.eos_token is None:
         raise ValueError("`tokenizer` has no end-of-sequence token, so the model could never end a transcript.")
@@ -117,8 +125,10 @@ def from_text_llm(
 
     if isinstance(text_model, PreTrainedConfig):
         text_model = AutoModelForCausalLM.from_config(text_model)
+    decoder, head = _decoder_and_head(text_model)
     if text_model.get_input_embeddings().num_embeddings < len(tokenizer):
         text_model.resize_token_embeddings(len(tokenizer))
+        decoder, head = _decoder_and_head(text_model)
 
     prefix, suffix = processor.default_prompt_ids()
     generation_config = text_model.generation_config
@@ -137,16 +147,67 @@ def from_text_llm(
     ends = fields["eos_token_id"] if isinstance(fields["eos_token_id"], list) else [fields["eos_token_id"]]
     if fields["response_eos_token_id"] not in ends:
         fields["eos_token_id"] = [*ends, fields["response_eos_token_id"]]
+    attn_implementation = decoder.config._attn_implementation  # which a config that takes it in resets
     config = MelLLMConfig(
-        text_config=text_model.config.get_text_config(decoder=True),  # the model's own, so that changes reach it
+        text_config=decoder.config,  # the model's own, so that changes reach it
         audio_config=audio_config,
         audio_token_id=processor.audio_token_id,
+        lm_head_bias=head.bias is not None,
         **fields,
     )
-    model = MelLLMForSpeechSeq2Seq(config).to(text_model.dtype)
-    model.model.language_model = text_model.base_model
-    model.set_output_embeddings(text_model.get_output_embeddings())
+    config._attn_implementation = attn_implementation
+
+    # Without memory for a second language model; what is new is then made where the language model is
+    with torch.device("meta"):
+        model = MelLLMForSpeechSeq2Seq(config)
+    model.model.language_model = decoder
+    model.lm_head = head
+    with head.weight.device:
+        model.model.audio_embedder = MelLLMAudioEmbedder(model.model.audio_embedder.config)
+        model.model.multi_modal_projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
+    model.model.audio_embedder.to(text_model.dtype)
+    model.model.multi_modal_projector.to(text_model.dtype)
+    _check_same_scores(model, text_model)
     return model.train(text_model.training), processor
+
+
+def _decoder_and_head(text_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
+    """The decoder and the output layer of a causal language model, also of one that is a part of a multimodal model."""
+    if not isinstance(text_model, PreTrainedModel):
+        raise ValueError(
+            f"`text_model` must be a transformers model or config, got {type(text_model).__name__}. Merge adapters into "
+            "the model first: `peft_model.merge_and_unload()`."
+        )
+    text_config = text_model.config.get_text_config(decoder=True)
+    head = text_model.get_output_embeddings()
+    if type(text_config) in MODEL_MAPPING and isinstance(head, nn.Linear):
+        classes = MODEL_MAPPING[type(text_config)]
+        for module in text_model.modules():
+            if isinstance(module, classes):
+                return module, head
+    raise ValueError(
+        f"`text_model`: no decoder with a linear output layer found in {type(text_model).__name__}. Load it with "
+        "AutoModelForCausalLM."
+    )
+
+
+@torch.no_grad()
+def _check_same_scores(model: MelLLMForSpeechSeq2Seq, text_model: PreTrainedModel) -> None:
+    """Some language models scale or change their scores in ways of their own; one that we do not know would be wrong
+    from then on without a word."""
+    device = model.lm_head.weight.device
+    if device.type == "meta":
+        return
+    ids = torch.tensor([[i for i in range(5) if i != model.config.audio_token_id]], device=device)
+    training = text_model.training
+    ours = model.eval()(input_ids=ids, use_cache=False).logits
+    theirs = text_model.eval()(input_ids=ids, use_cache=False).logits
+    text_model.train(training)
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-3):
+        raise ValueError(
+            f"`text_model`: {type(text_model).__name__} makes its scores from its states in a way that Mel-LLM does not "
+            "know, so it cannot be taken over."
+        )
 
 
 __all__ = ["find_spare_token", "from_text_llm"]
