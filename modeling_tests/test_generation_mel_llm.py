@@ -6,7 +6,7 @@ import torch
 from conftest import BACKBONES, build_tiny, tiny_text_config
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, set_seed
 
-from mel_llm import MelLLMFeatureExtractor
+from mel_llm import MelLLMFeatureExtractor, generation_mel_llm
 from mel_llm.generation_mel_llm import RepetitionLoopCriteria, _loop_period
 
 
@@ -174,6 +174,24 @@ def test_budget_follows_each_clips_own_length(tiny, speech_clips):
         assert abs(len(trimmed(row)) - budget) <= 1
 
 
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """What the generation code warns of; the library's `warning_once` would keep quiet in every test but the first."""
+    messages = []
+    monkeypatch.setattr(generation_mel_llm.logger, "warning_once", messages.append, raising=False)
+    return messages
+
+
+def test_a_transcript_cut_by_its_budget_is_told(tiny, speech_clips, warnings):
+    model, processor = tiny
+    never_stop(model)
+    model.config.max_text_tokens_per_second = 1.0
+    model.generate(**audio_of(processor, speech_clips[:2]), max_new_tokens=30)
+    assert not warnings  # asked for
+    model.generate(**audio_of(processor, speech_clips[:2]), do_sample=True)
+    assert "reached the most tokens" in warnings[0]
+
+
 def test_explicit_lengths_count_tokens_of_the_transcript(tiny, speech_clips):
     model, processor = tiny
     never_stop(model)
@@ -269,7 +287,7 @@ def test_only_what_was_stopped_in_a_loop_is_cut(tiny):
     )
     loops = RepetitionLoopCriteria(0, torch.tensor([0, 2]))
     loops.stopped = torch.tensor([True, False, False, False])
-    out = model._cut_loops(rows, model.generation_config, loops)
+    out = model._cut_loops(rows, torch.tensor([55, 55, 64, 64]), model.generation_config, loops)
     assert trimmed(out[0]) == trimmed(out[2]) == [9, 5]
     assert torch.equal(out[1], rows[1]) and torch.equal(out[3], rows[3])
 
@@ -315,17 +333,11 @@ def test_silence_guard_can_be_turned_off(tiny):
     assert trimmed(model.generate(**processor(audio=torch.zeros(16000)), max_new_tokens=5)[0])
 
 
-def test_audio_longer_than_the_backbone_was_made_for_warns(tiny, caplog):
-    import transformers
-
+def test_audio_longer_than_the_backbone_was_made_for_warns(tiny, warnings):
     model, processor = tiny
     model.config.text_config.max_position_embeddings = 64
-    transformers.utils.logging.enable_propagation()
-    try:
-        model.generate(**processor(audio=torch.rand(32000)), max_new_tokens=30)
-    finally:
-        transformers.utils.logging.disable_propagation()
-    assert "shorter pieces" in caplog.text
+    model.generate(**processor(audio=torch.rand(32000)), max_new_tokens=30)
+    assert "shorter pieces" in warnings[0]
 
 
 def test_the_shortest_audio(tiny):

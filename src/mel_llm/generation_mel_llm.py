@@ -184,17 +184,18 @@ class MelLLMGenerationMixin(GenerationMixin):
         prompt_length = input_ids.shape[1]
 
         num_frames = torch.full((len(features),), features.shape[1]) if mask is None else mask.sum(-1)
-        budgets = self._audio_budgets(num_frames)
+        budgets = self._audio_budgets(num_frames).to(input_ids.device)
+        limit_is_asked = kwargs.get("max_new_tokens") is not None or kwargs.get("max_length") is not None
         generation_config, budgets = self._transcript_lengths(generation_config, kwargs, budgets)
         self._warn_if_too_long(prompt_length + generation_config.max_new_tokens)
         stopping_criteria = StoppingCriteriaList(
-            [*(stopping_criteria or []), AudioBudgetCriteria(budgets.to(input_ids.device), prompt_length)]
+            [*(stopping_criteria or []), AudioBudgetCriteria(budgets, prompt_length)]
         )
         logits_processor = LogitsProcessorList(logits_processor or [])
         loops = None
+        eos_ids = self._eos_token_ids(generation_config)
+        end_ids = torch.tensor([self._pad_token_id(generation_config), *eos_ids], device=input_ids.device)
         if not generation_config.min_new_tokens:  # who asks for a number of tokens, as benchmarks do, gets it
-            eos_ids = self._eos_token_ids(generation_config)
-            end_ids = torch.tensor([self._pad_token_id(generation_config), *eos_ids], device=input_ids.device)
             loops = RepetitionLoopCriteria(prompt_length, end_ids)
             stopping_criteria.append(loops)
             silent = self._silent_clips(features, mask)
@@ -214,8 +215,14 @@ class MelLLMGenerationMixin(GenerationMixin):
         )
         as_dict = not isinstance(output, torch.Tensor)
         transcripts = (output["sequences"] if as_dict else output)[:, prompt_length:]
+        lengths = transcripts.shape[1] - torch.isin(transcripts, end_ids).flip(1).long().cumprod(1).sum(1)
+        if not limit_is_asked and (lengths >= _per_row(budgets, len(lengths))).any():
+            logger.warning_once(
+                "A transcript reached the most tokens that its audio was given and was cut there. Pass `max_new_tokens`, "
+                "or raise `config.max_text_tokens_per_second` or `generation_config.max_new_tokens`, if it was right."
+            )
         if loops is not None:
-            transcripts = self._cut_loops(transcripts, generation_config, loops)
+            transcripts = self._cut_loops(transcripts, lengths, generation_config, loops)
         if as_dict:
             output["sequences"] = transcripts
             return output
@@ -262,12 +269,15 @@ class MelLLMGenerationMixin(GenerationMixin):
             )
 
     def _cut_loops(
-        self, sequences: torch.LongTensor, generation_config: GenerationConfig, loops: RepetitionLoopCriteria
+        self,
+        sequences: torch.LongTensor,
+        lengths: torch.LongTensor,
+        generation_config: GenerationConfig,
+        loops: RepetitionLoopCriteria,
     ) -> torch.LongTensor:
         """Keeps the first round of a loop that a transcript was stopped in, and pads the rest away."""
         # Beams change places as they grow, so there it is not known which of them the criteria stopped
         stopped = loops.stopped if (generation_config.num_beams or 1) == 1 else None
-        lengths = sequences.shape[1] - torch.isin(sequences, loops.end_ids).flip(1).long().cumprod(1).sum(1)
         cut = sequences
         for row, length in enumerate(lengths.tolist()):
             # One that the model ended by itself is the model's word; one cut off by its length is not
