@@ -1,5 +1,7 @@
 """generate(): every strategy, batches, budgets, loops, silence."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,16 @@ def test_assisted_decoding_with_a_text_model_and_with_prompt_lookup(tiny, speech
     draft = AutoModelForCausalLM.from_config(tiny_text_config()).eval()
     assert torch.equal(model.generate(**audio, **GREEDY, assistant_model=draft), expected)
     assert torch.equal(model.generate(**audio, **GREEDY, prompt_lookup_num_tokens=2), expected)
+    assert torch.equal(model.generate(**audio, **GREEDY, assistant_model=copy.deepcopy(model)), expected)
+
+
+def test_audio_that_was_forgotten_is_an_error(tiny, speech_clips):
+    model, processor = tiny
+    ids = processor.apply_transcription_request(speech_clips[0]["array"])["input_ids"]
+    with pytest.raises(ValueError, match="no `input_features`"):
+        model.generate(input_ids=ids, max_new_tokens=3)
+    with pytest.raises(ValueError, match="no `input_features`"):
+        model.generate(ids, max_new_tokens=3)
 
 
 def test_text_streamers(tiny, speech_clips, capsys):

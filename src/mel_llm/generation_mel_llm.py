@@ -169,6 +169,11 @@ class MelLLMGenerationMixin(GenerationMixin):
             and kwargs.get("input_features") is not None
         )
         if not audio_only:
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            has_audio = kwargs.get("input_features") is not None or kwargs.get("past_key_values") is not None
+            if ids is not None and not has_audio and (ids == self.config.audio_token_id).any():
+                # `forward` cannot tell: it is given an empty cache, which a draft model in assisted decoding fills too
+                raise ValueError("`input_ids` has audio tokens but there are no `input_features`.")
             return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
 
         for name in ("input_ids", "inputs_embeds", "labels", "decoder_input_ids"):

@@ -497,8 +497,7 @@ class MelLLMModel(MelLLMPreTrainedModel):
                 )
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             # A generated token is never the audio token, so single steps need not pay for looking
-            is_start = past_key_values is None or past_key_values.get_seq_length() == 0
-            if is_start and (input_ids == self.config.audio_token_id).any():
+            if past_key_values is None and (input_ids == self.config.audio_token_id).any():
                 raise ValueError("`input_ids` has audio tokens but there are no `input_features`.")
 
         outputs = self.language_model(

@@ -328,10 +328,10 @@ class MelLLMProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token
         has_bos = [bos is not None and sample.startswith(bos) for sample in texts]
         probe = self.tokenizer("a")["input_ids"]
-        closes = self.tokenizer.eos_token_id is not None and probe[-1] == self.tokenizer.eos_token_id
+        closes = self.tokenizer.eos_token_id is not None and probe[-1:] == [self.tokenizer.eos_token_id]
         if not any(has_bos) and not closes:
             return text, text_kwargs
-        opens = bos is not None and probe[0] == self.tokenizer.bos_token_id
+        opens = bos is not None and probe[:1] == [self.tokenizer.bos_token_id]
         texts = [bos + sample if opens and not has else sample for sample, has in zip(texts, has_bos, strict=True)]
         return texts[0] if isinstance(text, str) else texts, {**text_kwargs, "add_special_tokens": False}
 
