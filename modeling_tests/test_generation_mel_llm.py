@@ -107,8 +107,8 @@ def test_copies_of_a_text_keep_their_own_clips(tokenizer, speech_clips, strategy
     together = model.generate(**batch, **GREEDY | strategy)
     for row, (text, own) in enumerate(zip(texts, clips, strict=True)):
         alone = model.generate(**processor(text=text, audio=own or None), **GREEDY | strategy)
-        for copy in range(2):
-            assert together[2 * row + copy][-12:].tolist() == alone[copy][-12:].tolist()
+        for twin in range(2):
+            assert together[2 * row + twin][-12:].tolist() == alone[twin][-12:].tolist()
     if strategy.get("do_sample"):  # from the single likeliest token: greedy
         greedy = model.generate(**batch, **GREEDY)
         assert torch.equal(together[::2], greedy) and torch.equal(together[1::2], greedy)
@@ -259,6 +259,7 @@ def test_what_counts_as_a_loop():
     rows = torch.tensor([[1, 2, 3] + [5] * 48, [1, 2, 3, *range(10, 58)], [1, 2, 3, 9] + [0] * 47])
     assert criteria(rows, None).tolist() == [True, False, False]
     rows = torch.nn.functional.pad(rows, (0, 8))
+    assert not criteria(rows[:, :-4], None).any()  # looked at not so long ago
     assert criteria(rows, None).tolist() == [False] * 3 and criteria.stopped.tolist() == [True, False, False]
 
 
@@ -276,7 +277,7 @@ class Parrot(torch.nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 7}])
 def test_a_loop_ends_and_is_cut_to_its_first_round(tiny, speech_clips, strategy):
     model, processor = tiny
     model.lm_head = Parrot(model, 40)

@@ -70,11 +70,13 @@ class RepetitionLoopCriteria(StoppingCriteria):
         self.prompt_length = prompt_length
         self.end_ids = end_ids  # a row that has ended goes on with these, which is no loop
         self.stopped: torch.Tensor | None = None
+        self.checked_length = 0  # steps of assisted decoding may be longer than one token
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         length = input_ids.shape[1] - self.prompt_length
         found = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        if length >= _LOOP_MIN_TOKENS and length % _LOOP_CHECK_EVERY == 0:
+        if length >= max(_LOOP_MIN_TOKENS, self.checked_length + _LOOP_CHECK_EVERY):
+            self.checked_length = length
             window = min(length, _LOOP_MIN_REPEATS * _LOOP_MAX_PERIOD)
             found = (_loop_period(input_ids[:, -window:]) > 0) & ~torch.isin(input_ids[:, -1], self.end_ids)
         self.stopped = found if self.stopped is None else self.stopped | found
