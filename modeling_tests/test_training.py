@@ -133,11 +133,14 @@ def test_from_text_llm_keeps_how_the_model_was_loaded(tokenizer):
     assert model.num_parameters() > 0 and all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_from_text_llm_takes_the_decoder_out_of_a_multimodal_model(tokenizer, tmp_path):
-    text = tiny_text_config("gemma3_text").to_dict()
+@pytest.mark.parametrize(("whole_tied", "text_tied"), [(True, True), (True, False), (False, True), (False, False)])
+def test_from_text_llm_takes_the_decoder_out_of_a_multimodal_model(tokenizer, tmp_path, whole_tied, text_tied):
+    text = tiny_text_config("gemma3_text", tie_word_embeddings=text_tied).to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}  # fmt: skip
-    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
+    whole = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, tie_word_embeddings=whole_tied)
+    ).eval()
     ids = torch.tensor([[5, 6, 7]])
     expected = whole(input_ids=ids).logits
     model, _ = from_text_llm(whole, tokenizer, audio_config={"conv_channels": 8, "hidden_size": 16})
@@ -155,6 +158,10 @@ def test_from_text_llm_refuses_what_it_cannot_take_over(tokenizer):
     adapted = peft.get_peft_model(text_model, peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge_and_unload"):
         from_text_llm(adapted, tokenizer)
+    text_model = AutoModelForCausalLM.from_config(tiny_text_config())
+    text_model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        from_text_llm(text_model, tokenizer)
 
     class Odd(LlamaForCausalLM):
         def forward(self, *args, **kwargs):

@@ -139,6 +139,8 @@ def from_text_llm(
         "response_eos_token_id": processor.response_eos_token_id(),
         "prompt_prefix_ids": prefix,
         "prompt_suffix_ids": suffix,
+        # What the weights are, not what a config says: a multimodal model's parts may disagree
+        "tie_word_embeddings": head.weight is text_model.get_input_embeddings().weight,
         **config_overrides,
     }
     if fields["eos_token_id"] is None:
@@ -173,9 +175,9 @@ def from_text_llm(
 
 def _decoder_and_head(text_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
     """The decoder and the output layer of a causal language model, also of one that is a part of a multimodal model."""
-    if not isinstance(text_model, PreTrainedModel):
+    if not isinstance(text_model, PreTrainedModel) or getattr(text_model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"`text_model` must be a transformers model or config, got {type(text_model).__name__}. Merge adapters into "
+            f"`text_model` must be a transformers model or config without adapters, got {type(text_model).__name__}. Merge them into "
             "the model first: `peft_model.merge_and_unload()`."
         )
     text_config = text_model.config.get_text_config(decoder=True)
