@@ -22,6 +22,9 @@ import torch
 # A waveform, or where to find one: see `load_audio`.
 AudioSource = Any
 
+# What a folder is searched for
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc")
+
 MAX_CHANNELS = 8
 # No audio device or telephone line is outside these (Hz). A lower rate in a forged header would make resampling
 # inflate a small file without bound.

@@ -1,8 +1,34 @@
 """Preparing a Mel-LLM for training, and training it."""
 
+from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import TranscriptionCollator
+from .dataset import SpeechDataset, stream_examples
+from .lora import count_parameters, freeze, lora_config
+from .report import DataReport, select_clips
+from .sampler import SpeechSampler
+from .sources import SpeechSource, load_source
 from .statistics import compute_feature_statistics
 from .tokenizer import train_tokenizer
+from .trainer import SpeechTrainer, last_checkpoint, save_whole
 
 
-__all__ = ["TranscriptionCollator", "compute_feature_statistics", "train_tokenizer"]
+__all__ = [
+    "DataReport",
+    "SpecAugment",
+    "SpeechDataset",
+    "SpeechSampler",
+    "SpeechSource",
+    "SpeechTrainer",
+    "SpeedPerturbation",
+    "TranscriptionCollator",
+    "compute_feature_statistics",
+    "count_parameters",
+    "freeze",
+    "last_checkpoint",
+    "load_source",
+    "lora_config",
+    "save_whole",
+    "select_clips",
+    "stream_examples",
+    "train_tokenizer",
+]

@@ -1,0 +1,343 @@
+"""Trains a Mel-LLM on speech with transcripts.
+
+    python scripts/train.py --train_data recordings --output_dir runs/first --num_train_epochs 20
+    python scripts/train.py --train_data recordings --output_dir runs/lora --lora small \\
+        --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
+    python scripts/train.py config.yaml --learning_rate 1e-4
+
+`--model_name_or_path` is the backbone: a causal language model to build a Mel-LLM around, or a Mel-LLM to go on with.
+The arguments are those below and all of transformers' Seq2SeqTrainingArguments; a YAML or JSON file of them may come
+first. The same command, started again, goes on from the last complete checkpoint in --output_dir. What comes out loads
+with `pipeline("automatic-speech-recognition", model=OUTPUT_DIR)` once `mel_llm` is imported.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+    HfArgumentParser,
+    set_seed,
+)
+
+import mel_llm
+from mel_llm import MelLLMConfig
+from mel_llm.conversion import from_text_llm
+from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
+from mel_llm.training import (
+    SpecAugment,
+    SpeechDataset,
+    SpeechSampler,
+    SpeechSource,
+    SpeechTrainer,
+    SpeedPerturbation,
+    TranscriptionCollator,
+    compute_feature_statistics,
+    count_parameters,
+    freeze,
+    last_checkpoint,
+    load_source,
+    lora_config,
+    save_whole,
+    select_clips,
+    stream_examples,
+    train_tokenizer,
+)
+from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrainingArguments
+
+
+logger = logging.getLogger("train")
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, SpeechTrainingArguments]:
+    """The command line; what it says comes after, and wins over, a file that it begins with."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, SpeechTrainingArguments), description=__doc__.splitlines()[0]
+    )
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
+        argv = [*arguments_of(values), *argv[1:]]
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+    if training_args.output_dir is None:
+        parser.error("--output_dir is needed: the folder for checkpoints and the trained model.")
+    if not data_args.train_data:
+        parser.error("--train_data is needed: a folder, a manifest or a dataset of the Hub; several can be mixed.")
+    return model_args, data_args, training_args
+
+
+def arguments_of(values: dict) -> list[str]:
+    """The entries of a file as words of a command line."""
+    words = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{key}", *map(str, items)]
+    return words
+
+
+def json_fields(name: str, text: str) -> dict:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} is not JSON: {error}. Got {text!r}.") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"--{name} must be a JSON object, got {text!r}.")
+    return fields
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def load_sources(specs: list[str], split: str, data_args: DataArguments) -> tuple[list[SpeechSource], list]:
+    sources = [SpeechSource.parse(spec) for spec in specs]
+    if len({source.weight is None for source in sources}) > 1:
+        raise ValueError(f"Give all sources of the split {split!r} a weight, or none of them: {specs}.")
+    normalizer = None if data_args.text_normalizer == "none" else get_text_normalizer(data_args.text_normalizer)
+    return sources, [load_source(source, split, normalizer) for source in sources]
+
+
+def mix_streams(sources: list[SpeechSource], datasets_: list, seed: int):
+    """One stream of all sources, those that do not stream among them."""
+    from datasets import interleave_datasets
+
+    streams = [data if hasattr(data, "n_shards") else data.to_iterable_dataset(num_shards=8) for data in datasets_]
+    if len(streams) == 1:
+        return streams[0]
+    weights = [source.weight or 1.0 for source in sources]
+    return interleave_datasets(
+        streams,
+        probabilities=[weight / sum(weights) for weight in weights],
+        seed=seed,
+        stopping_strategy="all_exhausted",
+    )
+
+
+def select_all(sources, datasets_, tokenizer, data_args, what: str):
+    """The clips of all sources that are kept, the seconds of each, and how many come from each source."""
+    from datasets import concatenate_datasets
+
+    kept, lengths, sizes, reports = [], [], [], {}
+    for source, data in zip(sources, datasets_, strict=True):
+        selected, seconds, report = select_clips(
+            data, tokenizer, data_args.min_seconds, data_args.max_seconds, data_args.max_tokens
+        )
+        logger.info(f"{what} data from {source.place}: {report}")
+        kept.append(selected)
+        lengths += seconds
+        sizes.append(len(seconds))
+        reports[source.place] = report.to_dict()
+    if not lengths:
+        raise ValueError(f"No clip of the {what} data is left to use; the reasons are above.")
+    return concatenate_datasets(kept), lengths, sizes, reports
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+def load_or_build(model_args: ModelArguments, texts):
+    """The model and its processor, and whether the audio side is new. `texts` are the transcripts, for a tokenizer."""
+    audio_fields = json_fields("audio_config", model_args.audio_config)
+    text_fields = json_fields("text_config", model_args.text_config)
+    name = model_args.model_name_or_path
+    if name is None:
+        tokenizer = train_tokenizer(texts(), vocab_size=model_args.vocab_size)
+        config = MelLLMConfig.from_preset(
+            "small", vocab_size=len(tokenizer), text_config=text_fields, audio_config=audio_fields
+        )
+        model, processor = from_text_llm(
+            config.text_config,
+            tokenizer,
+            audio_config=config.audio_config,
+            transcription_instruction=model_args.transcription_instruction or "",
+        )
+        return model, processor, True
+    if text_fields:
+        raise ValueError("--text_config is for models from scratch: leave --model_name_or_path out.")
+
+    dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype, None)
+    if dtype is None or not (dtype == "auto" or dtype.is_floating_point):
+        raise ValueError(f"--dtype must be float32, bfloat16, float16 or auto, got {model_args.dtype!r}.")
+    options = {"revision": model_args.revision} if model_args.revision else {}
+    loading = {"dtype": dtype, **options}
+    if model_args.attn_implementation:
+        loading["attn_implementation"] = model_args.attn_implementation
+    if model_args.gguf_file is None:
+        if AutoConfig.from_pretrained(name, **options).model_type == MelLLMConfig.model_type:
+            if audio_fields or model_args.transcription_instruction is not None:
+                raise ValueError(f"--audio_config and --transcription_instruction are for new models; {name} is one.")
+            model = AutoModelForSpeechSeq2Seq.from_pretrained(name, **loading)
+            return model, AutoProcessor.from_pretrained(name, **options), False
+    else:
+        options["gguf_file"] = model_args.gguf_file
+        loading["gguf_file"] = model_args.gguf_file
+    text_model = AutoModelForCausalLM.from_pretrained(name, **loading)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    instruction = model_args.transcription_instruction
+    model, processor = from_text_llm(
+        text_model,
+        tokenizer,
+        audio_config=audio_fields,
+        **({} if instruction is None else {"transcription_instruction": instruction}),
+    )
+    return model, processor, True
+
+
+def set_statistics(model, processor, examples, num_clips: int) -> None:
+    """Measures the normalisation of a new model on clips spread over the data."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randperm(len(examples), generator=generator)[:num_clips].tolist()
+    features = (processor(audio=examples[place]["audio"])["input_features"][0] for place in places)
+    model.model.set_feature_statistics(*compute_feature_statistics(features))
+
+
+def add_lora(model, processor, model_args: ModelArguments, training_args, is_new: bool, has_checkpoint: bool):
+    """The model with adapters. They need a Mel-LLM to be adapters of; for a new one that is saved beside them."""
+    from peft import get_peft_model
+
+    if is_new:
+        base = Path(training_args.output_dir).resolve() / "base"
+        if training_args.should_save and not has_checkpoint:
+            model.save_pretrained(base)
+            processor.save_pretrained(base)
+        model.config._name_or_path = model.name_or_path = str(base)
+    fields = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
+    fields = {key: value for key, value in fields.items() if value is not None}
+    return get_peft_model(model, lora_config(model, model_args.lora, **fields))
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    model_args, data_args, training_args = parse_arguments(argv)
+    logging.basicConfig(
+        format="%(message)s", stream=sys.stderr, level=logging.INFO if training_args.should_save else logging.WARNING
+    )
+    checkpoint = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
+    if checkpoint is not None:
+        logger.info(f"Going on from {checkpoint}.")
+    elif os.path.isfile(os.path.join(training_args.output_dir, "config.json")):
+        raise FileExistsError(
+            f"{training_args.output_dir} holds a model and no checkpoint to go on from. Choose another --output_dir."
+        )
+    set_seed(training_args.seed)
+
+    sources, train_data = load_sources(data_args.train_data, "train", data_args)
+    eval_sources, eval_data = load_sources(data_args.eval_data, "validation", data_args)
+    streaming = any(source.streaming for source in sources)
+    if streaming and training_args.max_steps <= 0:
+        raise ValueError("A stream has no length: say how long to train with --max_steps.")
+
+    def texts():
+        for data in train_data:
+            rows = data.take(10_000) if hasattr(data, "n_shards") else data
+            yield from (row["text"] for row in rows)
+
+    model, processor, is_new = load_or_build(model_args, texts)
+    rate = processor.feature_extractor.sampling_rate
+    speed = SpeedPerturbation(tuple(data_args.speed_factors)) if data_args.speed_factors else None
+    reports: dict[str, dict] = {}
+    sampler = None
+    if streaming:
+        mixed = mix_streams(sources, train_data, training_args.seed)
+        train_set, counts = stream_examples(
+            mixed, rate, speed, training_args.seed, data_args.min_seconds, data_args.max_seconds, data_args.shuffle_buffer
+        )
+        longest = data_args.max_seconds
+        measured = [{"audio": example["audio"]} for example in train_set.take(min(200, data_args.statistics_clips))]
+        # Each process reads its own part; taking turns at one reader would need batches of one shape
+        training_args.accelerator_config.dispatch_batches = False
+    else:
+        rows, lengths, sizes, reports["train"] = select_all(
+            sources, train_data, processor.tokenizer, data_args, "Training"
+        )
+        train_set = measured = SpeechDataset(rows, rate, speed, training_args.seed)
+        weights = None if sources[0].weight is None else [source.weight for source in sources]
+        batch = training_args.per_device_train_batch_size * training_args.world_size
+        sampler = SpeechSampler(
+            lengths, sizes, weights, batch if data_args.group_by_length else None, training_args.seed
+        )
+        longest = max(lengths)
+    eval_set = None
+    if eval_sources:
+        rows, _, _, reports["eval"] = select_all(eval_sources, eval_data, processor.tokenizer, data_args, "Evaluation")
+        eval_set = SpeechDataset(rows, rate)
+
+    if is_new:
+        set_statistics(model, processor, measured, data_args.statistics_clips)
+        model.config.audio_config.max_audio_seconds = float(longest)
+    else:
+        audio_config = model.config.audio_config
+        audio_config.max_audio_seconds = max(audio_config.max_audio_seconds, float(longest))
+    if model_args.lora is not None:
+        model = add_lora(model, processor, model_args, training_args, is_new, checkpoint is not None)
+    if model_args.freeze:
+        freeze(model, model_args.freeze)
+    trainable, total = count_parameters(model)
+    logger.info(f"{trainable:,} of {total:,} parameters are trained.")
+
+    trainer = SpeechTrainer(
+        model,
+        training_args,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=TranscriptionCollator(
+            processor,
+            spec_augment=SpecAugment() if data_args.spec_augment else None,
+            features_later=data_args.features_on_device,
+        ),
+        processing_class=processor,
+        compute_metrics=make_compute_metrics(processor, data_args.wer_normalizer) if eval_sources else None,
+        train_sampler=sampler,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = result.metrics
+    if eval_set is not None:
+        metrics = {**metrics, **trainer.evaluate()}
+    if model_args.lora is not None and model_args.merge_lora:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    save_whole(trainer, processor, training_args.output_dir)
+    if training_args.should_save:
+        bad = {"unreadable": int(counts[0]), "outside of the limits": int(counts[1])} if streaming else {}
+        write_summary(training_args.output_dir, metrics, reports, train_set, bad, trainable, total)
+        logger.info(f"The trained model is in {training_args.output_dir}.")
+
+
+def write_summary(folder, metrics, reports, train_set, bad, trainable: int, total: int) -> None:
+    """What was trained, on what and with which result, beside the model."""
+    if isinstance(train_set, SpeechDataset):
+        bad = {"unreadable": train_set.num_bad_clips, "names": train_set.bad_clips()[:100]}
+    if bad.get("unreadable"):
+        logger.warning(f"{bad['unreadable']} clips could not be read and were left out.")
+    summary = {
+        "metrics": metrics,
+        "data": reports,
+        "skipped_in_training": bad,
+        "parameters": {"trained": trainable, "all": total},
+        "versions": {"mel_llm": mel_llm.__version__, "torch": torch.__version__},
+    }
+    path = Path(folder) / "training_summary.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # said at every start on a machine without a GPU
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        if os.environ.get("MEL_LLM_DEBUG"):
+            raise
+        sys.exit(f"train.py: {error}")

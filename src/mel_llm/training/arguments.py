@@ -1,0 +1,105 @@
+"""The arguments of `scripts/train.py`, beside those of transformers' `Seq2SeqTrainingArguments`."""
+
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub name of a Mel-LLM to go on with, or of any causal language model to build one "
+            "around. Left out: a small one from scratch."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
+    gguf_file: str | None = field(default=None, metadata={"help": "Language models only: the GGUF file to read."})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or auto: the weights are loaded so."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, flex_attention."}
+    )
+    audio_config: str = field(
+        default="{}",
+        metadata={"help": 'New models only: fields of MelLLMAudioConfig in JSON, e.g. \'{"reduction_factor": 4}\'.'},
+    )
+    text_config: str = field(
+        default="{}",
+        metadata={"help": "From scratch only: fields of the language model's config in JSON, `model_type` among them."},
+    )
+    vocab_size: int = field(
+        default=512, metadata={"help": "From scratch only: size of the tokenizer learnt from the transcripts."}
+    )
+    transcription_instruction: str | None = field(
+        default=None,
+        metadata={"help": "New models only: what the default prompt asks for. From scratch: nothing, by default."},
+    )
+    lora: str | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters, the audio embedder and the projector instead of everything: paper or small."},
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Another rank than the preset's."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Another scale than the preset's."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Another dropout than the preset's."})
+    merge_lora: bool = field(
+        default=False, metadata={"help": "Save the whole model with the adapters merged in, instead of the adapters."}
+    )
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "Regular expressions; parameters whose names match are not trained."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on. A source is PLACE[,key=value]...: see `mel_llm.training.SpeechSource`."""
+
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Sources: folders, manifests, Hub datasets; e.g. recordings "
+            "openslr/librispeech_asr,config=clean,split=train.100,weight=2,streaming=true"
+        },
+    )
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "The same, by default of the split 'validation'."}
+    )
+    text_normalizer: str = field(
+        default="none",
+        metadata={"help": "How transcripts are written: none, lower, lower_no_punctuation, whisper, whisper_basic."},
+    )
+    wer_normalizer: str = field(default="whisper", metadata={"help": "The same choices, for the error rates."})
+    min_seconds: float = field(default=0.1, metadata={"help": "Shorter clips are left out."})
+    max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are left out."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Clips with longer transcripts are left out."})
+    speed_factors: list[float] = field(
+        default_factory=list, metadata={"help": "Speed perturbation, e.g. 0.9 1.0 1.1; none by default."}
+    )
+    spec_augment: bool = field(default=False, metadata={"help": "Mask stretches of time and bands of mel bins."})
+    group_by_length: bool = field(default=True, metadata={"help": "Batches of clips of similar length."})
+    features_on_device: bool = field(
+        default=False, metadata={"help": "Make features on the model's device instead of in the workers."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream that are shuffled at a time."})
+    statistics_clips: int = field(
+        default=1000, metadata={"help": "New models only: clips that the normalisation of features is measured on."}
+    )
+
+
+@dataclass
+class SpeechTrainingArguments(Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the defaults that speech needs."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Checkpoints and the trained model go here."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or share of all steps if below 1."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator wants them."})
+    predict_with_generate: bool = field(default=True, metadata={"help": "Transcribe in evaluation, for error rates."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or this share of them."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode audio."})
+
+
+__all__ = ["DataArguments", "ModelArguments", "SpeechTrainingArguments"]

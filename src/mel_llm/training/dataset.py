@@ -1,0 +1,161 @@
+"""Speech for the Trainer: decoded by soundfile when it is needed, bad clips skipped, reported and counted."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from ..audio_utils_mel_llm import load_audio
+from .augmentation import SpeedPerturbation, example_seed
+
+
+logger = logging.get_logger(__name__)
+
+# What a clip that cannot be read raises: no file, no permission, no audio, not what it says. Anything else is a bug.
+CLIP_ERRORS = (OSError, ValueError, TypeError, RuntimeError)
+
+_MAX_BAD_IN_A_ROW = 100
+
+
+class SpeechDataset(torch.utils.data.Dataset):
+    r"""Decoded examples of a dataset with the columns of `mel_llm.training.sources`.
+
+    `dataset[index]` is `{"audio": (samples,), "text": str}`; with `augment_seed` as well when it is asked for with an
+    epoch, `dataset[epoch, index]`, as [`SpeechSampler`] does. A clip that cannot be read is reported by name, once, and
+    the next one that can takes its place, so that a batch never shrinks and a run never stops because of it.
+
+    Args:
+        data: Rows with `audio`, `text` and perhaps `origin`.
+        sampling_rate (`int`, defaults to 16000): Hz to decode to.
+        speed: Perturbs the clips that are asked for with an epoch.
+        seed (`int`, defaults to 0): Of the augmentation.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict[str, Any]],
+        sampling_rate: int = 16000,
+        speed: SpeedPerturbation | None = None,
+        seed: int = 0,
+    ):
+        if len(data) == 0:
+            raise ValueError("`data` is empty: there is nothing to train on or to evaluate.")
+        self.data = data
+        self.sampling_rate = sampling_rate
+        self.speed = speed
+        self.seed = seed
+        # Shared with the workers that decode, so that the process that reports knows what they met
+        self._bad = torch.zeros(len(data), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside of {len(self)} clips")
+        index %= len(self)
+        for attempt in range(min(len(self), _MAX_BAD_IN_A_ROW)):
+            place = (index + attempt) % len(self)
+            if self._bad[place]:
+                continue
+            row = self.data[place]
+            try:
+                return self._example(row, epoch, place)
+            except CLIP_ERRORS as error:
+                self._bad[place] = 1
+                logger.warning(f"Skipped a clip that cannot be read: {row.get('origin') or place}: {error}")
+        raise RuntimeError(
+            f"{_MAX_BAD_IN_A_ROW} clips in a row, or all, could not be read (the warnings above name them): check the "
+            "data before training goes on."
+        )
+
+    def _example(self, row: dict[str, Any], epoch: int | None, index: int) -> dict[str, Any]:
+        audio = load_audio(row["audio"], sampling_rate=self.sampling_rate)
+        example = {"audio": audio, "text": row["text"]}
+        if epoch is not None:
+            example["augment_seed"] = example_seed(self.seed, epoch, index)
+            if self.speed is not None:
+                example["audio"] = self.speed(audio, self.sampling_rate, example["augment_seed"])
+        return example
+
+    @property
+    def num_bad_clips(self) -> int:
+        """How many clips could not be read so far, in this process and its workers."""
+        return int(self._bad.sum())
+
+    def bad_clips(self) -> list[str]:
+        """Their names."""
+        return [self.data[int(i)].get("origin") or str(int(i)) for i in torch.where(self._bad)[0]]
+
+
+class _DecodeStream:
+    """Rows of a stream to examples; a clip that cannot be read, or is too short or too long, gives none."""
+
+    def __init__(self, sampling_rate, speed, seed, min_seconds, max_seconds):
+        self.sampling_rate, self.speed, self.seed = sampling_rate, speed, seed
+        self.min_samples, self.max_samples = min_seconds * sampling_rate, max_seconds * sampling_rate
+        self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # unreadable, outside the limits
+
+    def __call__(self, rows: dict[str, list], indices: list[int]) -> dict[str, list]:
+        examples: dict[str, list] = {"audio": [], "text": [], "augment_seed": []}
+        for audio, text, origin, index in zip(rows["audio"], rows["text"], rows["origin"], indices, strict=True):
+            if not text:
+                self.counts[1] += 1
+                continue
+            try:
+                waveform = load_audio(audio, sampling_rate=self.sampling_rate)
+            except CLIP_ERRORS as error:
+                self.counts[0] += 1
+                logger.warning(f"Skipped a clip that cannot be read: {origin}: {error}")
+                continue
+            if not self.min_samples <= len(waveform) <= self.max_samples:
+                self.counts[1] += 1
+                continue
+            seed = example_seed(self.seed, 0, index)
+            if self.speed is not None:
+                waveform = self.speed(waveform, self.sampling_rate, seed)
+            examples["audio"].append(np.asarray(waveform, dtype=np.float32))
+            examples["text"].append(text)
+            examples["augment_seed"].append(seed)
+        return examples
+
+
+def stream_examples(
+    stream,
+    sampling_rate: int = 16000,
+    speed: SpeedPerturbation | None = None,
+    seed: int = 0,
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    buffer_size: int = 1000,
+):
+    """The examples of a `datasets.IterableDataset`, decoded as they come.
+
+    It stays a dataset of `datasets`, which divides itself among workers and processes. Clips that cannot be read are
+    reported by name and left out, and so are those outside of the limits in seconds.
+
+    Args:
+        stream: With the columns of `mel_llm.training.sources`.
+        buffer_size (`int`, defaults to 1000): Rows (not yet decoded) that are shuffled at a time; 0 keeps the order.
+
+    Returns:
+        The dataset, and the shared counts `(unreadable, outside the limits)`, a tensor that grows while it is read.
+    """
+    if buffer_size:
+        stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
+    decode = _DecodeStream(sampling_rate, speed, seed, min_seconds, max_seconds)
+    stream = stream.map(
+        decode,
+        batched=True,
+        batch_size=1,
+        with_indices=True,
+        remove_columns=["audio", "text", "duration", "origin"],
+        features=None,
+    )
+    return stream, decode.counts
+
+
+__all__ = ["CLIP_ERRORS", "SpeechDataset", "stream_examples"]

@@ -1,0 +1,103 @@
+"""LoRA presets: which layers of the language model get adapters, and what must be saved with them."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
+
+
+# Rank and scale of the paper; its dropout is Phi-4-multimodal's. "small" is ours.
+LORA_PRESETS = {
+    "paper": {"r": 320, "lora_alpha": 640, "lora_dropout": 0.01},
+    "small": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
+}
+
+_NEW_MODULES = ("audio_embedder", "multi_modal_projector")
+
+
+def lora_config(
+    model: MelLLMForSpeechSeq2Seq, preset: str = "small", new_token_ids: list[int] | None = None, **overrides
+):
+    r"""A `peft.LoraConfig` for a Mel-LLM: `get_peft_model(model, lora_config(model))`.
+
+    Adapters go on every linear layer of the language model's attention and MLP blocks, whatever its family calls them
+    (paper). The audio embedder with its normalisation, and the projector, are trained and saved whole: they are new,
+    and nothing but the adapter's folder holds them.
+
+    Args:
+        model: The model that is to be trained.
+        preset (`str`, defaults to `"small"`): `"paper"` is r=320, alpha=640; `"small"` is r=16, alpha=32 (ours).
+        new_token_ids (`list[int]`, *optional*): Tokens whose embeddings are new too. Exactly their rows are trained and
+            saved, not the whole matrix.
+        overrides: Fields of `LoraConfig`.
+
+    Raises:
+        ValueError: There is no such preset, or a token id is outside of the vocabulary.
+    """
+    from peft import LoraConfig
+
+    if preset not in LORA_PRESETS:
+        raise ValueError(f"`preset` must be one of {', '.join(LORA_PRESETS)}, got {preset!r}.")
+    fields = {
+        **LORA_PRESETS[preset],
+        "target_modules": _target_pattern(model),
+        "modules_to_save": list(_NEW_MODULES),
+        **overrides,
+    }
+    if new_token_ids:
+        size = model.get_input_embeddings().num_embeddings
+        if not all(0 <= index < size for index in new_token_ids):
+            raise ValueError(f"`new_token_ids` must be from 0 to {size - 1}, got {new_token_ids}.")
+        fields.setdefault("trainable_token_indices", {_embedding_name(model): sorted(set(new_token_ids))})
+    return LoraConfig(**fields)
+
+
+def _target_pattern(model: MelLLMForSpeechSeq2Seq) -> str:
+    """Matches the linear layers inside the blocks of the language model, and no layer of the audio embedder."""
+    leaves = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "." in name
+    }
+    return rf".*language_model\..*\.({'|'.join(sorted(leaves))})"
+
+
+def _embedding_name(model: MelLLMForSpeechSeq2Seq) -> str:
+    embeddings = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if module is embeddings:
+            return name
+    raise ValueError(f"{type(model).__name__} has no module for its input embeddings.")
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    r"""Stops the training of parameters whose names match, for staged recipes and for ablations.
+
+    Args:
+        patterns: Regular expressions that are searched in parameter names: `language_model`,
+            `layers\.(2[4-9]|3[01])\.`.
+
+    Raises:
+        ValueError: A pattern matches nothing, or nothing is left to train.
+    """
+    import re
+
+    for pattern in patterns:
+        matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        if not matched:
+            raise ValueError(f"`freeze`: no parameter's name matches {pattern!r}.")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"`freeze`: with {patterns} nothing is left to train.")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable parameters and all parameters; each tensor counts once, tied or not."""
+    tensors: dict[int, torch.Tensor] = {id(parameter): parameter for parameter in model.parameters()}
+    trainable = sum(parameter.numel() for parameter in tensors.values() if parameter.requires_grad)
+    return trainable, sum(parameter.numel() for parameter in tensors.values())
+
+
+__all__ = ["LORA_PRESETS", "count_parameters", "freeze", "lora_config"]

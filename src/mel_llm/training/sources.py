@@ -1,0 +1,305 @@
+"""Where speech with transcripts comes from: local folders, manifests, datasets of the Hub.
+
+Everything becomes a dataset of `datasets` with the columns `audio` (path and/or bytes, never decoded here), `text`,
+`duration` (seconds, or None where nobody wrote it down) and `origin`, the name that messages give the clip. Local files
+are listed by this module because `load_dataset("audiofolder")` needs torchcodec even to list them.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..audio_utils_mel_llm import AUDIO_EXTENSIONS
+
+
+AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav")
+TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription")
+COLUMNS = ("audio", "text", "duration", "origin")
+
+_METADATA_FILES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
+_MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass
+class SpeechSource:
+    r"""One source of training or evaluation data, as `scripts/train.py` takes it.
+
+    On the command line a source is written `PLACE[,key=value]...`, the keys being the fields below:
+    `recordings`, `recordings,weight=2`, `openslr/librispeech_asr,config=clean,split=train.100,streaming=true`.
+
+    Args:
+        place (`str`): A folder, a manifest (csv, tsv, jsonl) or the name of a dataset of the Hub. A folder holds
+            `metadata.csv` (or `.tsv`, `.jsonl`) with the columns `file_name` and `text`, at its top or in one folder
+            for each split, as `audiofolder` datasets do; or pairs `NAME.wav`, `NAME.txt`; or a dataset written by
+            `save_to_disk`.
+        split (`str`, *optional*): Which part of it; by default what the caller asks for.
+        config (`str`, *optional*): Configuration of a dataset of the Hub.
+        weight (`float`, *optional*): Share of the examples that come from here, relative to the other sources.
+        streaming (`bool`, defaults to `False`): Read a dataset of the Hub while it is downloaded.
+        audio_column, text_column (`str`, *optional*): Found by their usual names when not given.
+        exclude (`str`, *optional*): `COLUMN:PATTERN`; rows whose column matches the shell pattern are left out.
+        revision (`str`, *optional*): Revision of a dataset of the Hub.
+
+    Raises:
+        ValueError: A field has a value that it cannot have.
+    """
+
+    place: str
+    split: str | None = None
+    config: str | None = None
+    weight: float | None = None
+    streaming: bool = False
+    audio_column: str | None = None
+    text_column: str | None = None
+    exclude: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self):
+        if not self.place:
+            raise ValueError("A data source needs a folder, a manifest or the name of a dataset.")
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ValueError(f"{self.place}: `weight` must be more than 0, got {self.weight}.")
+        if self.exclude is not None and ":" not in self.exclude:
+            raise ValueError(f"{self.place}: `exclude` must be COLUMN:PATTERN, got {self.exclude!r}.")
+
+    @classmethod
+    def parse(cls, text: str) -> "SpeechSource":
+        """Reads `PLACE[,key=value]...`."""
+        place, *options = text.split(",")
+        known = {field.name for field in fields(cls)} - {"place"}
+        values: dict[str, Any] = {}
+        for option in options:
+            key, separator, value = option.partition("=")
+            if not separator or key not in known:
+                raise ValueError(
+                    f"Data source {text!r}: {option!r} is not understood. Write PLACE,key=value,... with the keys "
+                    f"{', '.join(sorted(known))}; a place cannot have a comma in its name."
+                )
+            values[key] = value
+        if "weight" in values:
+            try:
+                values["weight"] = float(values["weight"])
+            except ValueError:
+                raise ValueError(f"Data source {text!r}: `weight` must be a number.") from None
+        if "streaming" in values:
+            choices = {"true": True, "1": True, "false": False, "0": False}
+            if values["streaming"].lower() not in choices:
+                raise ValueError(f"Data source {text!r}: `streaming` must be true or false.")
+            values["streaming"] = choices[values["streaming"].lower()]
+        return cls(place, **values)
+
+
+def load_source(source: SpeechSource, split: str = "train", text_normalizer: Callable[[str], str] | None = None):
+    """The dataset of one source.
+
+    Args:
+        source: Where it is.
+        split (`str`, defaults to `"train"`): Used when the source names none.
+        text_normalizer: Applied to each transcript.
+
+    Returns:
+        `datasets.Dataset`, or `datasets.IterableDataset` for a source that streams, with the columns of this module.
+
+    Raises:
+        FileNotFoundError: A path, a split or its metadata is not there.
+        ValueError: A column is missing, or a row of the metadata cannot be read.
+    """
+    split = source.split or split
+    if os.path.exists(source.place) or source.place.startswith((".", "~", os.sep)):
+        path = Path(source.place).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"There is no folder or manifest {str(path)!r}.")
+        dataset = _load_local(source, path, split)
+    else:
+        dataset = _load_from_hub(source, split)
+    return _standardise(dataset, source, text_normalizer)
+
+
+# --- local ----------------------------------------------------------------------------------------------------------
+
+
+def _load_local(source: SpeechSource, path: Path, split: str):
+    from datasets import Dataset, load_from_disk
+
+    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+        saved = load_from_disk(str(path))
+        if not hasattr(saved, "column_names") or isinstance(saved.column_names, dict):
+            _check_split(source, split, list(saved))
+            saved = saved[split]
+        return saved
+    rows = list(_local_rows(path, split))
+    if not rows:
+        raise ValueError(f"{path}: no clips with transcripts found.")
+    columns = {key: [row.get(key) for row in rows] for key in rows[0]}
+    dataset = Dataset.from_dict(columns)
+    return dataset.to_iterable_dataset(num_shards=min(64, len(rows))) if source.streaming else dataset
+
+
+def _local_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of strings, the audio column being an absolute path."""
+    if path.is_file():
+        if path.suffix not in _MANIFESTS:
+            raise ValueError(f"{path} is no manifest: it must end in {', '.join(_MANIFESTS)}.")
+        yield from _read_metadata(path)
+        return
+    folder = _split_folder(path, split)
+    metadata = [folder / name for name in _METADATA_FILES if (folder / name).is_file()]
+    if metadata:
+        yield from _read_metadata(metadata[0])
+        return
+    for file in sorted(folder.rglob("*")):
+        transcript = file.with_suffix(".txt")
+        if file.suffix.lower() in AUDIO_EXTENSIONS and transcript.is_file():
+            yield {"audio": str(file), "text": transcript.read_text(encoding="utf-8").strip()}
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    for name in _SPLIT_NAMES.get(split, (split,)):
+        if (path / name).is_dir():
+            return path / name
+    if any((path / name).is_dir() for names in _SPLIT_NAMES.values() for name in names):
+        there = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise FileNotFoundError(f"{path} has no split {split!r}; it has the folders {', '.join(there)}.")
+    if split != "train":
+        raise FileNotFoundError(f"{path} is not divided into splits, so it has no {split!r}; it counts as 'train'.")
+    return path
+
+
+def _read_metadata(path: Path) -> Iterator[dict[str, Any]]:
+    # Read as text: a reader that guesses types makes a number of the transcript "42" and nothing of "NA"
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        if path.suffix in (".csv", ".tsv"):
+            rows: Iterator[dict[str, Any]] = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        else:
+            rows = _json_lines(file, path)
+        for number, row in enumerate(rows, start=1):
+            audio = next((name for name in AUDIO_COLUMNS if row.get(name)), None)
+            if audio is None:
+                raise ValueError(
+                    f"{path}, row {number}: none of the columns {', '.join(AUDIO_COLUMNS)} names a file. "
+                    f"The row has {', '.join(map(str, row))}."
+                )
+            yield {**row, audio: str(path.parent / str(row[audio]))}
+
+
+def _json_lines(file, path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON (one object a line): {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")
+        yield row
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+def _load_from_hub(source: SpeechSource, split: str):
+    from datasets import load_dataset
+
+    return load_dataset(
+        source.place, source.config, split=split, streaming=source.streaming, revision=source.revision
+    )
+
+
+def _check_split(source: SpeechSource, split: str, splits: list[str]) -> None:
+    if split not in splits:
+        raise FileNotFoundError(f"{source.place} has no split {split!r}; it has {', '.join(splits)}.")
+
+
+# --- the same columns for all ---------------------------------------------------------------------------------------
+
+
+def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str], str] | None):
+    from datasets import Audio, Features, Value
+
+    names = dataset.column_names
+    if names is None:  # a stream whose features nobody declared
+        names = list(next(iter(dataset)))
+    audio = _find_column(source, names, "audio_column", AUDIO_COLUMNS)
+    text = _find_column(source, names, "text_column", TEXT_COLUMNS)
+    if isinstance((dataset.features or {}).get(audio), Audio):
+        dataset = dataset.cast_column(audio, Audio(decode=False))
+    if source.exclude is not None:
+        column, pattern = source.exclude.split(":", 1)
+        if column not in names:
+            raise ValueError(f"{source.place}: `exclude` names no column {column!r}; there are {', '.join(names)}.")
+        dataset = dataset.filter(_NotMatching(pattern), input_columns=[column])
+
+    features = Features(
+        {
+            "audio": {"bytes": Value("binary"), "path": Value("string")},
+            "text": Value("string"),
+            "duration": Value("float64"),
+            "origin": Value("string"),
+        }
+    )
+    row_to_columns = _ToColumns(source.place, audio, text, text_normalizer)
+    kwargs: dict[str, Any] = {"with_indices": True, "remove_columns": list(names), "features": features}
+    if not source.streaming:
+        kwargs["desc"] = f"Listing {source.place}"
+    return dataset.map(row_to_columns, **kwargs)
+
+
+def _find_column(source: SpeechSource, names: list[str], option: str, usual: tuple[str, ...]) -> str:
+    asked = getattr(source, option)
+    if asked is not None and asked not in names:
+        raise ValueError(f"{source.place}: there is no column {asked!r} (`{option}`); there are {', '.join(names)}.")
+    found = asked or next((name for name in usual if name in names), None)
+    if found is None:
+        raise ValueError(
+            f"{source.place}: none of the columns {', '.join(names)} is called {' or '.join(usual)}. Name one: "
+            f"{source.place},{option}=..."
+        )
+    return found
+
+
+# Classes and not closures, so that `datasets` can tell by their content whether its cache still holds.
+@dataclass
+class _NotMatching:
+    pattern: str
+
+    def __call__(self, value: Any) -> bool:
+        return not fnmatch(str(value), self.pattern)
+
+
+@dataclass
+class _ToColumns:
+    place: str
+    audio: str
+    text: str
+    text_normalizer: Callable[[str], str] | None
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        audio, text, duration = row[self.audio], row[self.text], row.get("duration")
+        if isinstance(audio, str):
+            audio = {"bytes": None, "path": audio}
+        text = "" if text is None else str(text)
+        try:
+            duration = float(duration)
+        except (TypeError, ValueError):
+            duration = None
+        name = audio.get("path") or f"row {index}"
+        return {
+            "audio": {"bytes": audio.get("bytes"), "path": audio.get("path")},
+            "text": text if self.text_normalizer is None else self.text_normalizer(text),
+            "duration": duration,
+            "origin": name if os.path.isabs(name) else f"{self.place}: {name}",
+        }
+
+
+__all__ = ["AUDIO_COLUMNS", "COLUMNS", "TEXT_COLUMNS", "SpeechSource", "load_source"]
