@@ -16,9 +16,11 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from transformers import (
     AutoConfig,
@@ -123,14 +125,14 @@ def mix_streams(sources: list[SpeechSource], datasets_: list, seed: int):
     )
 
 
-def select_all(sources, datasets_, tokenizer, data_args, what: str):
+def select_all(sources, datasets_, processor, data_args: DataArguments, what: str):
     """The clips of all sources that are kept, the seconds of each, and how many come from each source."""
     from datasets import concatenate_datasets
 
     kept, lengths, sizes, reports = [], [], [], {}
     for source, data in zip(sources, datasets_, strict=True):
         selected, seconds, report = select_clips(
-            data, tokenizer, data_args.min_seconds, data_args.max_seconds, data_args.max_tokens
+            data, processor.tokenizer, data_args.min_seconds, data_args.max_seconds, data_args.max_tokens
         )
         logger.info(f"{what} data from {source.place}: {report}")
         kept.append(selected)
@@ -219,7 +221,19 @@ def add_lora(model, processor, model_args: ModelArguments, training_args, is_new
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str]) -> None:
+@dataclass
+class Run:
+    """A trainer that is ready to start, and what is to be told about it at the end."""
+
+    trainer: SpeechTrainer
+    processor: mel_llm.MelLLMProcessor
+    checkpoint: str | None
+    merge_lora: bool
+    reports: dict[str, dict]
+    stream_counts: torch.Tensor | None
+
+
+def prepare(argv: list[str]) -> Run:
     model_args, data_args, training_args = parse_arguments(argv)
     logging.basicConfig(
         format="%(message)s", stream=sys.stderr, level=logging.INFO if training_args.should_save else logging.WARNING
@@ -227,7 +241,7 @@ def main(argv: list[str]) -> None:
     checkpoint = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
     if checkpoint is not None:
         logger.info(f"Going on from {checkpoint}.")
-    elif os.path.isfile(os.path.join(training_args.output_dir, "config.json")):
+    elif any((Path(training_args.output_dir) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileExistsError(
             f"{training_args.output_dir} holds a model and no checkpoint to go on from. Choose another --output_dir."
         )
@@ -238,96 +252,116 @@ def main(argv: list[str]) -> None:
     streaming = any(source.streaming for source in sources)
     if streaming and training_args.max_steps <= 0:
         raise ValueError("A stream has no length: say how long to train with --max_steps.")
+    if any(source.streaming for source in eval_sources):
+        raise ValueError("--eval_data cannot stream: every evaluation needs the same clips.")
+    if training_args.eval_strategy != "no" and not eval_sources:
+        raise ValueError("--eval_strategy needs --eval_data.")
+    if data_args.features_on_device and training_args.dataloader_num_workers == 0 and not torch.cuda.is_available():
+        logger.info("--features_on_device: there is no GPU, so features are made on the CPU, in this process.")
 
-    def texts():
-        for data in train_data:
-            rows = data.take(10_000) if hasattr(data, "n_shards") else data
-            yield from (row["text"] for row in rows)
-
-    model, processor, is_new = load_or_build(model_args, texts)
+    model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data))
     rate = processor.feature_extractor.sampling_rate
     speed = SpeedPerturbation(tuple(data_args.speed_factors)) if data_args.speed_factors else None
     reports: dict[str, dict] = {}
-    sampler = None
+    sampler = counts = eval_set = None
     if streaming:
-        mixed = mix_streams(sources, train_data, training_args.seed)
         train_set, counts = stream_examples(
-            mixed, rate, speed, training_args.seed, data_args.min_seconds, data_args.max_seconds, data_args.shuffle_buffer
+            mix_streams(sources, train_data, training_args.seed),
+            rate,
+            speed,
+            training_args.seed,
+            data_args.min_seconds,
+            data_args.max_seconds,
+            data_args.shuffle_buffer,
         )
         longest = data_args.max_seconds
-        measured = [{"audio": example["audio"]} for example in train_set.take(min(200, data_args.statistics_clips))]
-        # Each process reads its own part; taking turns at one reader would need batches of one shape
+        measured = list(train_set.take(min(200, data_args.statistics_clips))) if is_new else []
+        # Each process reads a part of its own; one that reads for all needs batches of one shape
         training_args.accelerator_config.dispatch_batches = False
     else:
-        rows, lengths, sizes, reports["train"] = select_all(
-            sources, train_data, processor.tokenizer, data_args, "Training"
-        )
+        rows, lengths, sizes, reports["train"] = select_all(sources, train_data, processor, data_args, "Training")
         train_set = measured = SpeechDataset(rows, rate, speed, training_args.seed)
         weights = None if sources[0].weight is None else [source.weight for source in sources]
-        batch = training_args.per_device_train_batch_size * training_args.world_size
-        sampler = SpeechSampler(
-            lengths, sizes, weights, batch if data_args.group_by_length else None, training_args.seed
-        )
+        batch_size = training_args.train_batch_size * training_args.world_size
+        group = batch_size if data_args.group_by_length else None
+        sampler = SpeechSampler(lengths, sizes, weights, group, training_args.seed)
         longest = max(lengths)
-    eval_set = None
     if eval_sources:
-        rows, _, _, reports["eval"] = select_all(eval_sources, eval_data, processor.tokenizer, data_args, "Evaluation")
+        rows, _, _, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
         eval_set = SpeechDataset(rows, rate)
 
+    audio_config = model.config.audio_config
     if is_new:
         set_statistics(model, processor, measured, data_args.statistics_clips)
-        model.config.audio_config.max_audio_seconds = float(longest)
+        audio_config.max_audio_seconds = float(longest)
     else:
-        audio_config = model.config.audio_config
         audio_config.max_audio_seconds = max(audio_config.max_audio_seconds, float(longest))
     if model_args.lora is not None:
         model = add_lora(model, processor, model_args, training_args, is_new, checkpoint is not None)
     if model_args.freeze:
         freeze(model, model_args.freeze)
-    trainable, total = count_parameters(model)
-    logger.info(f"{trainable:,} of {total:,} parameters are trained.")
+    logger.info("{:,} of {:,} parameters are trained.".format(*count_parameters(model)))
 
+    collator = TranscriptionCollator(
+        processor,
+        spec_augment=SpecAugment() if data_args.spec_augment else None,
+        features_later=data_args.features_on_device,
+    )
     trainer = SpeechTrainer(
         model,
         training_args,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=TranscriptionCollator(
-            processor,
-            spec_augment=SpecAugment() if data_args.spec_augment else None,
-            features_later=data_args.features_on_device,
-        ),
+        data_collator=collator,
         processing_class=processor,
         compute_metrics=make_compute_metrics(processor, data_args.wer_normalizer) if eval_sources else None,
         train_sampler=sampler,
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = result.metrics
-    if eval_set is not None:
+    return Run(trainer, processor, checkpoint, model_args.merge_lora, reports, counts)
+
+
+def transcripts(datasets_: list):
+    for data in datasets_:
+        rows = data.take(10_000) if hasattr(data, "n_shards") else data
+        yield from (row["text"] for row in rows)
+
+
+def train(run: Run) -> None:
+    trainer, folder = run.trainer, run.trainer.args.output_dir
+    metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+    if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}
-    if model_args.lora is not None and model_args.merge_lora:
+    parameters = count_parameters(trainer.model)
+    if run.merge_lora:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    save_whole(trainer, processor, training_args.output_dir)
-    if training_args.should_save:
-        bad = {"unreadable": int(counts[0]), "outside of the limits": int(counts[1])} if streaming else {}
-        write_summary(training_args.output_dir, metrics, reports, train_set, bad, trainable, total)
-        logger.info(f"The trained model is in {training_args.output_dir}.")
+    save_whole(trainer, run.processor, folder)
+    trainer.save_state()
+    if trainer.args.should_save:
+        write_summary(run, metrics, parameters)
+        logger.info(f"The trained model is in {folder}.")
 
 
-def write_summary(folder, metrics, reports, train_set, bad, trainable: int, total: int) -> None:
+def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
     """What was trained, on what and with which result, beside the model."""
-    if isinstance(train_set, SpeechDataset):
-        bad = {"unreadable": train_set.num_bad_clips, "names": train_set.bad_clips()[:100]}
-    if bad.get("unreadable"):
-        logger.warning(f"{bad['unreadable']} clips could not be read and were left out.")
+    train_set = run.trainer.train_dataset
+    if run.stream_counts is not None:
+        skipped = {"unreadable": int(run.stream_counts[0]), "outside of the limits": int(run.stream_counts[1])}
+    else:
+        skipped = {"unreadable": train_set.num_bad_clips, "names": train_set.bad_clips()[:100]}
+    if skipped["unreadable"]:
+        logger.warning(f"{skipped['unreadable']} clips could not be read while training and were left out.")
     summary = {
         "metrics": metrics,
-        "data": reports,
-        "skipped_in_training": bad,
-        "parameters": {"trained": trainable, "all": total},
-        "versions": {"mel_llm": mel_llm.__version__, "torch": torch.__version__},
+        "data": run.reports,
+        "skipped_in_training": skipped,
+        "parameters": {"trained": parameters[0], "all": parameters[1]},
+        "versions": {
+            "mel_llm": mel_llm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
-    path = Path(folder) / "training_summary.json"
+    path = Path(run.trainer.args.output_dir) / "training_summary.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -336,8 +370,9 @@ def write_summary(folder, metrics, reports, train_set, bad, trainable: int, tota
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # said at every start on a machine without a GPU
     try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as error:
+        run = prepare(sys.argv[1:])
+    except (OSError, ValueError, ImportError) as error:  # what the user can mend; what comes later keeps its traceback
         if os.environ.get("MEL_LLM_DEBUG"):
             raise
         sys.exit(f"train.py: {error}")
+    train(run)

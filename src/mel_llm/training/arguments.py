@@ -24,11 +24,13 @@ class ModelArguments:
     )
     audio_config: str = field(
         default="{}",
-        metadata={"help": 'New models only: fields of MelLLMAudioConfig in JSON, e.g. \'{"reduction_factor": 4}\'.'},
+        metadata={"help": "New models only: fields of MelLLMAudioConfig in JSON, e.g. '{\"reduction_factor\": 4}'."},
     )
     text_config: str = field(
         default="{}",
-        metadata={"help": "From scratch only: fields of the language model's config in JSON, `model_type` among them."},
+        metadata={
+            "help": "From scratch only: fields of the language model's config in JSON, `model_type` among them."
+        },
     )
     vocab_size: int = field(
         default=512, metadata={"help": "From scratch only: size of the tokenizer learnt from the transcripts."}
@@ -39,7 +41,9 @@ class ModelArguments:
     )
     lora: str | None = field(
         default=None,
-        metadata={"help": "Train LoRA adapters, the audio embedder and the projector instead of everything: paper or small."},
+        metadata={
+            "help": "Train LoRA adapters, the audio embedder and the projector instead of everything: paper or small."
+        },
     )
     lora_r: int | None = field(default=None, metadata={"help": "Another rank than the preset's."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Another scale than the preset's."})

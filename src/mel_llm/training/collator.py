@@ -42,7 +42,10 @@ class TranscriptionCollator:
         # The model would add the end itself, but then the Trainer, which averages over tokens, would not count it
         ids = [
             torch.tensor(
-                [*self.processor.tokenizer(example[self.text_column], add_special_tokens=False)["input_ids"], self._end]
+                [
+                    *self.processor.tokenizer(example[self.text_column], add_special_tokens=False)["input_ids"],
+                    self._end,
+                ]
             )
             for example in examples
         ]

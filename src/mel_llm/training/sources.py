@@ -14,8 +14,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..audio_utils_mel_llm import AUDIO_EXTENSIONS
 
+
+logger = logging.get_logger(__name__)
 
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription")
@@ -211,9 +215,7 @@ def _json_lines(file, path: Path) -> Iterator[dict[str, Any]]:
 def _load_from_hub(source: SpeechSource, split: str):
     from datasets import load_dataset
 
-    return load_dataset(
-        source.place, source.config, split=split, streaming=source.streaming, revision=source.revision
-    )
+    return load_dataset(source.place, source.config, split=split, streaming=source.streaming, revision=source.revision)
 
 
 def _check_split(source: SpeechSource, split: str, splits: list[str]) -> None:
@@ -238,7 +240,10 @@ def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str],
         column, pattern = source.exclude.split(":", 1)
         if column not in names:
             raise ValueError(f"{source.place}: `exclude` names no column {column!r}; there are {', '.join(names)}.")
-        dataset = dataset.filter(_NotMatching(pattern), input_columns=[column])
+        kept = dataset.filter(_NotMatching(pattern), input_columns=[column])
+        if not source.streaming and len(kept) == len(dataset):
+            logger.warning(f"{source.place}: `exclude={source.exclude}` matches no row.")
+        dataset = kept
 
     features = Features(
         {
