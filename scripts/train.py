@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,9 @@ from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrai
 
 
 logger = logging.getLogger("train")
+
+# What these arguments ask for lies in a checkpoint once there is one
+NEW_MODELS_ONLY = ("gguf_file", "revision", "audio_config", "text_config", "transcription_instruction")
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, SpeechTrainingArguments]:
@@ -113,7 +116,10 @@ def mix_streams(sources: list[SpeechSource], datasets_: list, seed: int):
     """One stream of all sources, those that do not stream among them."""
     from datasets import interleave_datasets
 
-    streams = [data if hasattr(data, "n_shards") else data.to_iterable_dataset(num_shards=8) for data in datasets_]
+    streams = [
+        data if hasattr(data, "n_shards") else data.to_iterable_dataset(num_shards=min(8, len(data)))
+        for data in datasets_
+    ]
     if len(streams) == 1:
         return streams[0]
     weights = [source.weight or 1.0 for source in sources]
@@ -203,16 +209,18 @@ def set_statistics(model, processor, examples, num_clips: int) -> None:
     model.model.set_feature_statistics(*compute_feature_statistics(features))
 
 
-def add_lora(model, processor, model_args: ModelArguments, training_args, is_new: bool, has_checkpoint: bool):
+def add_lora(model, processor, model_args: ModelArguments, training_args, is_new: bool):
     """The model with adapters. They need a Mel-LLM to be adapters of; for a new one that is saved beside them."""
     from peft import get_peft_model
 
+    name = model.name_or_path
     if is_new:
-        base = Path(training_args.output_dir).resolve() / "base"
-        if training_args.should_save and not has_checkpoint:
-            model.save_pretrained(base)
-            processor.save_pretrained(base)
-        model.config._name_or_path = model.name_or_path = str(base)
+        name = Path(training_args.output_dir) / "base"
+        if training_args.should_save:
+            model.save_pretrained(name)
+            processor.save_pretrained(name)
+    # The adapter's config names its base, from wherever it is loaded
+    model.config._name_or_path = model.name_or_path = os.path.abspath(name) if os.path.isdir(name) else str(name)
     fields = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
     fields = {key: value for key, value in fields.items() if value is not None}
     return get_peft_model(model, lora_config(model, model_args.lora, **fields))
@@ -259,6 +267,15 @@ def prepare(argv: list[str]) -> Run:
     if data_args.features_on_device and training_args.dataloader_num_workers == 0 and not torch.cuda.is_available():
         logger.info("--features_on_device: there is no GPU, so features are made on the CPU, in this process.")
 
+    if checkpoint is not None:
+        # What began as something else is a Mel-LLM by now, with a tokenizer and a normalisation of its own
+        base = Path(training_args.output_dir) / "base"
+        began_with = str(base) if base.is_dir() else model_args.model_name_or_path
+        model_args = replace(
+            model_args,
+            model_name_or_path=checkpoint if model_args.lora is None else began_with,
+            **{name: getattr(ModelArguments, name) for name in NEW_MODELS_ONLY},
+        )
     model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data))
     rate = processor.feature_extractor.sampling_rate
     speed = SpeedPerturbation(tuple(data_args.speed_factors)) if data_args.speed_factors else None
@@ -297,7 +314,7 @@ def prepare(argv: list[str]) -> Run:
     else:
         audio_config.max_audio_seconds = max(audio_config.max_audio_seconds, float(longest))
     if model_args.lora is not None:
-        model = add_lora(model, processor, model_args, training_args, is_new, checkpoint is not None)
+        model = add_lora(model, processor, model_args, training_args, is_new)
     if model_args.freeze:
         freeze(model, model_args.freeze)
     logger.info("{:,} of {:,} parameters are trained.".format(*count_parameters(model)))

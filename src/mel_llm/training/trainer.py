@@ -84,6 +84,7 @@ def save_whole(trainer: Seq2SeqTrainer, processor, folder: str | os.PathLike) ->
     if not trainer.args.should_save:
         return
     processor.save_pretrained(partial)
+    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to trust
     # The weights last: a folder with a config but without weights is refused, the other way round it is misread
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix in (".safetensors", ".bin")):
         os.replace(path, folder / path.name)
