@@ -5,6 +5,7 @@ import torch
 import transformers
 from conftest import build_tiny, tiny_text_config
 from packaging.version import Version
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -25,7 +26,14 @@ from transformers import (
 
 from mel_llm import MelLLMConfig
 from mel_llm.conversion import find_spare_token, from_text_llm
-from mel_llm.training import TranscriptionCollator, compute_feature_statistics, train_tokenizer
+from mel_llm.training import (
+    TranscriptionCollator,
+    compute_feature_statistics,
+    count_parameters,
+    freeze,
+    lora_config,
+    train_tokenizer,
+)
 
 
 def examples_of(clips):
@@ -425,3 +433,76 @@ def test_command_line(trained, tmp_path):
     ):
         result = runner.invoke(app, ["transcribe", clips[0]["path"], *bad])
         assert result.exit_code == 2 and "mel-llm: " in result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_the_lora_preset_covers_the_blocks_and_saves_what_is_new(tokenizer, speech_clips, tmp_path, family):
+    text = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512} if family == "gpt2" else None
+    model, processor = build_tiny(tokenizer, family, text=text)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    config = lora_config(model, "paper", r=4, lora_alpha=8)
+    assert config.r == 4 and config.lora_dropout == 0.01
+    peft_model = get_peft_model(model, config)
+    adapted = {
+        name.split(".")[-1] for name, module in peft_model.named_modules() if hasattr(module, "lora_A") and "." in name
+    }
+    expected = {
+        "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+        "gpt2": {"c_attn", "c_proj", "c_fc"},
+    }
+    assert adapted == expected[family]
+    trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    assert any("audio_embedder" in name for name in trainable) and any("projector" in name for name in trainable)
+    assert not any("embed_tokens" in name or "wte" in name or "lm_head" in name for name in trainable)
+
+    with torch.no_grad():  # everything that can train changes, and so do the statistics
+        for name, parameter in peft_model.named_parameters():
+            if name in trainable:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        peft_model.base_model.model.model.set_feature_statistics(torch.full((80,), 9.0), torch.full((80,), 2.0))
+    inputs = processor(audio=speech_clips[0]["array"])
+    labels = torch.tensor([[5, 6, 7]])
+    expected_logits = peft_model.eval()(**inputs, labels=labels).logits
+    peft_model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        AutoModelForSpeechSeq2Seq.from_pretrained(base), str(tmp_path / "adapter")
+    ).eval()
+    torch.testing.assert_close(again(**inputs, labels=labels).logits, expected_logits)
+
+
+def test_new_token_rows_are_trained_and_saved_and_no_others(tokenizer, speech_clips, tmp_path):
+    model, processor = build_tiny(tokenizer)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    peft_model = get_peft_model(model, lora_config(model, new_token_ids=[300, 7]))
+    inputs = processor.apply_transcription_request(speech_clips[0]["array"])
+    labels = torch.full_like(inputs["input_ids"], -100)
+    inputs["input_ids"][:, -1], labels[:, -1] = 7, 300
+    optimiser = torch.optim.SGD([p for p in peft_model.parameters() if p.requires_grad], lr=1.0)
+    before = peft_model.get_input_embeddings().weight.clone()
+    peft_model.train()(**inputs, labels=labels).loss.backward()
+    optimiser.step()
+    peft_model.save_pretrained(tmp_path / "adapter")
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size < base.joinpath("model.safetensors").stat().st_size
+    merged = (
+        PeftModel.from_pretrained(AutoModelForSpeechSeq2Seq.from_pretrained(base), str(tmp_path / "adapter"))
+        .merge_and_unload()
+        .get_input_embeddings()
+        .weight
+    )
+    changed = (merged - before).abs().sum(1).nonzero().flatten().tolist()
+    assert set(changed) <= {7, 300} and 7 in changed
+    with pytest.raises(ValueError, match="new_token_ids"):
+        lora_config(AutoModelForSpeechSeq2Seq.from_pretrained(base), new_token_ids=[9999])
+
+
+def test_freezing_by_name(tiny):
+    model, _ = tiny
+    before, total = count_parameters(model)
+    assert before == total == sum(p.numel() for p in model.parameters())
+    freeze(model, [r"layers\.1\.", "embed_tokens"])
+    trainable, _ = count_parameters(model)
+    assert 0 < trainable < total and not model.get_input_embeddings().weight.requires_grad

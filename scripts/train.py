@@ -33,7 +33,7 @@ from transformers import (
 )
 
 import mel_llm
-from mel_llm import MelLLMConfig
+from mel_llm import MelLLMAudioConfig, MelLLMConfig
 from mel_llm.conversion import from_text_llm
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.training import (
@@ -59,6 +59,8 @@ from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrai
 
 
 logger = logging.getLogger("train")
+
+SUMMARY = "training_summary.json"
 
 # What these arguments ask for lies in a checkpoint once there is one
 NEW_MODELS_ONLY = ("gguf_file", "revision", "audio_config", "text_config", "transcription_instruction")
@@ -156,6 +158,9 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
 def load_or_build(model_args: ModelArguments, texts):
     """The model and its processor, and whether the audio side is new. `texts` are the transcripts, for a tokenizer."""
     audio_fields = json_fields("audio_config", model_args.audio_config)
+    unknown = audio_fields.keys() - MelLLMAudioConfig().to_dict().keys()
+    if unknown:
+        raise ValueError(f"--audio_config: MelLLMAudioConfig has no field {', '.join(sorted(unknown))}.")
     text_fields = json_fields("text_config", model_args.text_config)
     name = model_args.model_name_or_path
     if name is None:
@@ -241,12 +246,31 @@ class Run:
     stream_counts: torch.Tensor | None
 
 
-def prepare(argv: list[str]) -> Run:
+def length_of(training_args: SpeechTrainingArguments) -> dict:
+    return {"num_train_epochs": training_args.num_train_epochs, "max_steps": training_args.max_steps}
+
+
+def finished_length(folder: str) -> dict | None:
+    """How long the run in this folder was to be, if it came to its end."""
+    try:
+        return json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))["length"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def prepare(argv: list[str]) -> Run | None:
+    """Everything that can go wrong before training; `None` if there is nothing to do."""
     model_args, data_args, training_args = parse_arguments(argv)
     logging.basicConfig(
         format="%(message)s", stream=sys.stderr, level=logging.INFO if training_args.should_save else logging.WARNING
     )
     checkpoint = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
+    if finished_length(training_args.output_dir) == length_of(training_args):
+        logger.info(
+            f"{training_args.output_dir} is trained already. Ask for more --num_train_epochs or --max_steps to go on, or "
+            "choose another --output_dir."
+        )
+        return None
     if checkpoint is not None:
         logger.info(f"Going on from {checkpoint}.")
     elif any((Path(training_args.output_dir) / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -368,6 +392,7 @@ def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
     if skipped["unreadable"]:
         logger.warning(f"{skipped['unreadable']} clips could not be read while training and were left out.")
     summary = {
+        "length": length_of(run.trainer.args),
         "metrics": metrics,
         "data": run.reports,
         "skipped_in_training": skipped,
@@ -378,7 +403,7 @@ def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
             "transformers": transformers.__version__,
         },
     }
-    path = Path(run.trainer.args.output_dir) / "training_summary.json"
+    path = Path(run.trainer.args.output_dir) / SUMMARY
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -392,4 +417,5 @@ if __name__ == "__main__":
         if os.environ.get("MEL_LLM_DEBUG"):
             raise
         sys.exit(f"train.py: {error}")
-    train(run)
+    if run is not None:
+        train(run)

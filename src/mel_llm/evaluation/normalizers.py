@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 
 # What is spelling, not punctuation, between two letters: apostrophe, Catalan's middle dot, Hebrew's geresh and gershayim
@@ -85,7 +85,7 @@ _FACTORIES = {
 TEXT_NORMALIZERS = tuple(_FACTORIES)
 
 
-@lru_cache(maxsize=None)  # Whisper's reads a list of 1700 spellings
+@cache  # Whisper's reads a list of 1700 spellings
 def _build(name: str) -> Callable[[str], str]:
     return _FACTORIES[name]()
 
