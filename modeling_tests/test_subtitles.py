@@ -64,7 +64,9 @@ def test_text_cannot_break_the_format():
 
 
 def test_times_never_overlap_or_run_backwards():
-    messy = transcription(Segment(2.0, 3.0, "b"), Segment(0.0, 2.5, "a"), Segment(3.0, 3.0, "c"), Segment(-1, 0.2, "z"))
+    messy = transcription(
+        Segment(2.0, 3.0, "b"), Segment(0.0, 2.5, "a"), Segment(3.0, 3.0, "c"), Segment(-1, 0.2, "z")
+    )
     times = [
         tuple(int(h) * 3600 + int(m) * 60 + float(s) for h, m, s in re.findall(r"(\d\d):(\d\d):(\d\d\.\d{3})", line))
         for line in to_vtt(messy).splitlines()
