@@ -25,7 +25,6 @@ ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
     "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",  # a random model never stops, and the package says so
 }
 
 
@@ -262,12 +261,17 @@ def program(*arguments, **kwargs):
     )
 
 
+def complaints(stderr: bytes) -> list[str]:
+    """Lines of standard error but for the warning that a random model, which never stops, brings about."""
+    return [line for line in stderr.decode().splitlines() if not line.startswith("A transcript reached the most")]
+
+
 def test_the_program(tiny_folder, speech_clips):
     paths = [clip["path"] for clip in speech_clips[:2]]
     process = program("-", *paths, "--model", tiny_folder, "--json", "--dtype", "float32", "--device", "cpu",
                       stdin=subprocess.PIPE)  # fmt: skip
     stdout, stderr = process.communicate(Path(paths[0]).read_bytes(), timeout=300)
-    assert process.returncode == 0 and stderr == b"", stderr.decode()
+    assert process.returncode == 0 and not complaints(stderr), stderr.decode()
     piped, first, second = (json.loads(line) for line in stdout.decode().splitlines())
     assert piped["text"] == first["text"] != second["text"]
     assert [first["file"], second["file"]] == paths
@@ -286,7 +290,7 @@ def test_a_reader_that_goes_away(tiny_folder, speech_clips):
     assert process.stdout.readline()
     process.stdout.close()
     stderr = process.stderr.read()
-    assert process.wait(timeout=300) != 0 and stderr == b"", stderr.decode()
+    assert process.wait(timeout=300) != 0 and not complaints(stderr), stderr.decode()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -296,5 +300,4 @@ def test_control_c(tiny_folder, speech_clips):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"Traceback" not in stderr, stderr.decode()
-    assert stderr.strip() == b"mel-llm: interrupted"
+    assert process.returncode == 130 and complaints(stderr) == ["mel-llm: interrupted"], stderr.decode()

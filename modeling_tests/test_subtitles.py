@@ -1,5 +1,6 @@
 """Subtitle formats: times, order and what must be escaped."""
 
+import itertools
 import json
 import re
 
@@ -73,7 +74,7 @@ def test_times_never_overlap_or_run_backwards():
         if "-->" in line
     ]
     assert len(times) == 4 and all(start < end for start, end in times)
-    assert all(before[1] <= after[0] for before, after in zip(times, times[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize(("write", "nothing"), [(to_txt, "\n"), (to_srt, ""), (to_vtt, "WEBVTT\n")])
