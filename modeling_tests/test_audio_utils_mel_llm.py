@@ -345,6 +345,14 @@ class TestErrors:
         content[4:8] = content[data + 4 : data + 8] = b"\xff" * 4
         assert np.array_equal(load_audio(bytes(content)), clip["array"])
 
+    def test_flac_written_to_a_pipe_is_not_truncated(self, clip):
+        """The number of samples, 36 bits from the 13th byte after "fLaC" and its block's header, is 0."""
+        content = bytearray(encode(clip["array"], format="FLAC"))
+        content[21] &= 0xF0
+        content[22:26] = bytes(4)
+        assert np.array_equal(load_audio(bytes(content)), clip["array"])
+        assert np.array_equal(load_audio(bytes(content), offset=0.5, duration=0.25), clip["array"][8000:12000])
+
     def test_nan_in_a_file(self, tmp_path):
         wave = tone(0.1, RATE)
         wave[7] = np.nan

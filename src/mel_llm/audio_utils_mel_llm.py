@@ -31,6 +31,7 @@ MIN_SAMPLING_RATE, MAX_SAMPLING_RATE = 1_000, 768_000
 
 _MAX_PEAK = 2.0**31  # 32-bit integers passed as floats; nothing louder is audio, and features would overflow
 _BLOCK_SAMPLES = 1 << 18
+_UNKNOWN_LENGTH = 1 << 48  # libsndfile says "for ever" of a FLAC that was written to a pipe
 _READ_SAMPLES = 1 << 12  # decoded in one call: what a decoder that meets damage throws away
 _DOWNLOAD_TIMEOUT_S = 30.0
 _FORMATS = (
@@ -414,6 +415,9 @@ class _MonoReader:
         error_type = _require("soundfile").LibsndfileError
         try:
             self.audio.seek(self.start)
+            # soundfile seeks to where it is after every read, which fails at the end of a FLAC that was streamed or
+            # broke off, and takes what was read with it
+            self.audio.seekable = lambda: False
             while found < self.count:
                 block, error = self._read_block(min(self.count - found, _BLOCK_SAMPLES), error_type)
                 found += len(block)
@@ -425,6 +429,8 @@ class _MonoReader:
                     break
         except error_type as error:
             self.damage = f"{self.count} samples announced, {found} found ({error.error_string.rstrip('.')})"
+        if self.count >= _UNKNOWN_LENGTH:
+            return
         if self.count - found > 0.05 * self.count:  # MP3 announces its length with some slack
             self.damage = self.damage or f"{self.count} samples announced, {found} found"
 

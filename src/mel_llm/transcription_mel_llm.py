@@ -24,8 +24,8 @@ _FRAME_SECONDS = 0.02
 
 # Frames below this RMS hold no sound: 10 steps of a 16-bit recording. Conservative: a quiet room is 20 dB above it
 _SILENCE_DBFS = -70.0
-_SKIPPED_SILENCE_SECONDS = 1.0  # a shorter one stays where it is
-_KEPT_SILENCE_SECONDS = 0.2  # of a longer one, beside the sound
+_SKIPPED_SILENCE_FRAMES = 50  # 1 s; a shorter silence stays where it is
+_KEPT_SILENCE_FRAMES = 10  # 0.2 s of a longer one, beside the sound
 
 # Inside words, before a t or a k, it is quiet for up to some 0.12 s
 _MIN_PAUSE_SECONDS = 0.15
@@ -108,6 +108,7 @@ def _split(blocks: Iterator[np.ndarray], rate: int, longest: int) -> Iterator[Au
     window = longest + longest // 2  # with so much in sight, what remains behind a cut is known not to be tiny
     audio, position = np.zeros(0, np.float32), 0  # what is held, and its place in the recording
     ended, truncation = False, None
+    after_silence = False  # whether silence was dropped in front of what is held
     while not ended or len(audio):
         held, num_held = [audio], len(audio)
         while not ended and num_held <= window:
@@ -119,13 +120,17 @@ def _split(blocks: Iterator[np.ndarray], rate: int, longest: int) -> Iterator[Au
             except TruncatedAudioError as error:
                 ended, truncation = True, error
         audio = np.concatenate(held)
-        begin, end = _sounding_part(audio, rate)
+        begin, end = _sounding_part(audio, rate, after_silence)
         if end == 0 and not ended:  # silence so far; some of it may belong to what comes
-            begin = max(0, len(audio) - round(_KEPT_SILENCE_SECONDS * rate))
+            size = round(_FRAME_SECONDS * rate)
+            begin = max(0, len(audio) // size * size - _KEPT_SILENCE_FRAMES * size)
+            after_silence = after_silence or begin > 0
         audio, position = audio[begin : end if ended else None], position + begin
         if len(audio) <= window and not ended:
             continue
-        cut = _cut_place(audio, rate, longest)
+        after_silence = False
+        # Never more than the window, so that cuts do not depend on the caller's blocks
+        cut = _cut_place(audio[: window + 1], rate, longest)
         begin, end = _sounding_part(audio[:cut], rate)
         if end:
             piece = audio[begin:end].copy()  # a view would keep all that is held
@@ -150,18 +155,20 @@ def _decibels(power: np.ndarray) -> np.ndarray:
     return 10 * np.log10(np.maximum(power, 1e-12))
 
 
-def _sounding_part(audio: np.ndarray, rate: int) -> tuple[int, int]:
-    """First sample, and the one behind the last, without long silence at either end; (0, 0) if there is only silence."""
+def _sounding_part(audio: np.ndarray, rate: int, after_silence: bool = False) -> tuple[int, int]:
+    """First sample, and the one behind the last, without long silence at either end; (0, 0) if there is only silence.
+
+    `after_silence` says that silence precedes, so that any of it at the beginning belongs to a long one.
+    """
     sounding = np.flatnonzero(_decibels(_frame_power(audio, rate)) >= _SILENCE_DBFS)
     if len(sounding) == 0:
         return 0, 0
-    size, kept, skipped = (
-        round(seconds * rate) for seconds in (_FRAME_SECONDS, _KEPT_SILENCE_SECONDS, _SKIPPED_SILENCE_SECONDS)
-    )
-    first, last = sounding[0] * size, min(len(audio), (sounding[-1] + 1) * size)
-    begin = first - kept if first >= skipped else 0
-    end = last + kept if len(audio) - last >= skipped else len(audio)
-    return int(begin), int(end)
+    size = round(_FRAME_SECONDS * rate)
+    first, last = int(sounding[0]), int(sounding[-1]) + 1  # frames
+    long_enough = _KEPT_SILENCE_FRAMES if after_silence else _SKIPPED_SILENCE_FRAMES
+    begin = first - _KEPT_SILENCE_FRAMES if first >= long_enough else 0
+    is_long = len(audio) - last * size >= _SKIPPED_SILENCE_FRAMES * size
+    return begin * size, (last + _KEPT_SILENCE_FRAMES) * size if is_long else len(audio)
 
 
 def _quiet_threshold(levels: np.ndarray) -> float:
