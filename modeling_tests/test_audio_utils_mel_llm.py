@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mel_llm.audio_utils_mel_llm import load_audio, resample, to_mono_float
+from mel_llm.audio_utils_mel_llm import TruncatedAudioError, load_audio, resample, stream_audio, to_mono_float
 
 
 RATE = 16000
@@ -105,10 +105,6 @@ class TestSources:
             assert not file.closed
 
     def test_stream_that_cannot_seek(self, clip):
-        class Pipe(io.BytesIO):
-            def seekable(self):
-                return False
-
         assert np.array_equal(load_audio(Pipe(pathlib.Path(clip["path"]).read_bytes())), clip["array"])
 
     def test_url(self, clip, server, online):
@@ -157,6 +153,94 @@ class TestSources:
         assert np.array_equal(expected, soxr.resample(stereo.mean(axis=1), 44100, RATE)[: len(expected)])
         monkeypatch.setattr("mel_llm.audio_utils_mel_llm._BLOCK_SAMPLES", 1000)
         assert np.allclose(load_audio(content), expected, atol=1e-6)
+
+
+class Pipe(io.BytesIO):
+    """As standard input: it cannot go back."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *args):
+        raise io.UnsupportedOperation("seek")
+
+
+class TestStreaming:
+    @pytest.mark.parametrize("block_seconds", [0.001, 0.7, 10.0, 1e6])
+    def test_blocks_joined_are_the_whole(self, clip, block_seconds):
+        content = pathlib.Path(clip["path"]).read_bytes()
+        stereo = encode(np.stack([tone(6, 44100), tone(6, 44100, 880)], axis=1), 44100)
+        sources = [
+            clip["path"],
+            content,
+            io.BytesIO(content),
+            stereo,
+            clip["array"],
+            clip["array"].tolist(),
+            (tone(2, 44100), 44100),
+            {"array": clip["array"], "sampling_rate": 8000},
+            {"bytes": content},
+            encode(clip["array"], 22050, format="MP3"),
+        ]
+        for source in sources if block_seconds > 0.1 else sources[:2]:
+            blocks = list(stream_audio(source, block_seconds=block_seconds))
+            expected = load_audio(source)
+            assert np.array_equal(np.concatenate(blocks), expected)
+            assert all(block.dtype == np.float32 for block in blocks)
+            size = round(block_seconds * RATE)
+            assert all(len(block) == size for block in blocks[:-1]) and 0 < len(blocks[-1]) <= size
+
+    def test_a_stream_that_cannot_seek_goes_through_the_disk(self, clip, monkeypatch):
+        reads = []
+
+        class Counting(Pipe):
+            def read(self, size=-1):
+                reads.append(size)
+                return super().read(size)
+
+        blocks = stream_audio(Counting(pathlib.Path(clip["path"]).read_bytes()))
+        assert np.array_equal(np.concatenate(list(blocks)), clip["array"])
+        assert min(reads) > 0  # never everything at once
+
+    def test_url(self, clip, server, online):
+        address, files = server
+        files["/clip.flac"] = pathlib.Path(clip["path"]).read_bytes()
+        assert np.array_equal(np.concatenate(list(stream_audio(f"{address}/clip.flac"))), clip["array"])
+        with pytest.raises(ConnectionError, match="404"):
+            next(stream_audio(f"{address}/gone.flac"))
+
+    @pytest.mark.parametrize("rate", [RATE, 22050])
+    @pytest.mark.parametrize("kwargs", [{"format": "WAV"}, {"format": "FLAC"}, {"format": "MP3"}])
+    def test_truncated_file_gives_what_it_has(self, clip, tmp_path, kwargs, rate):
+        whole = np.tile(clip["array"], 3)
+        content = encode(whole, rate, **kwargs)
+        path = tmp_path / "cut.bin"
+        path.write_bytes(content[: len(content) * 6 // 10])
+        blocks = []
+        with pytest.raises(TruncatedAudioError, match="cut.bin is truncated"):
+            blocks.extend(stream_audio(path, block_seconds=1.0))
+        found = np.concatenate(blocks)
+        expected = load_audio(content)
+        assert 0.45 * len(expected) < len(found) < 0.75 * len(expected)
+        sure = len(found) - 2000  # a resampler looks ahead, and MP3 frames lean on each other
+        assert np.corrcoef(found[:sure], expected[:sure])[0, 1] > (0.99 if kwargs["format"] == "MP3" else 0.99999)
+
+    def test_no_audio_raises_at_the_first_block(self, tmp_path):
+        (tmp_path / "text.wav").write_text("no audio here " * 100)
+        for path, error in ((tmp_path / "text.wav", ValueError), (tmp_path / "gone.wav", FileNotFoundError)):
+            blocks = stream_audio(path)
+            with pytest.raises(error, match=path.name):
+                next(blocks)
+
+    def test_the_name_says_nothing_about_the_content(self, clip, tmp_path):
+        path = tmp_path / "wave.mp3"
+        path.write_bytes(encode(clip["array"], subtype="FLOAT"))
+        assert np.array_equal(np.concatenate(list(stream_audio(path))), clip["array"])
+
+    @pytest.mark.parametrize("kwargs", [{"block_seconds": 0}, {"block_seconds": float("nan")}, {"sampling_rate": 1}])
+    def test_bad_arguments_are_named(self, clip, kwargs):
+        with pytest.raises(ValueError, match=f"`{next(iter(kwargs))}`"):
+            stream_audio(clip["path"], **kwargs)
 
 
 class TestParts:
@@ -260,6 +344,14 @@ class TestErrors:
         data = content.index(b"data")
         content[4:8] = content[data + 4 : data + 8] = b"\xff" * 4
         assert np.array_equal(load_audio(bytes(content)), clip["array"])
+
+    def test_flac_written_to_a_pipe_is_not_truncated(self, clip):
+        """The number of samples, 36 bits from the 13th byte after "fLaC" and its block's header, is 0."""
+        content = bytearray(encode(clip["array"], format="FLAC"))
+        content[21] &= 0xF0
+        content[22:26] = bytes(4)
+        assert np.array_equal(load_audio(bytes(content)), clip["array"])
+        assert np.array_equal(load_audio(bytes(content), offset=0.5, duration=0.25), clip["array"][8000:12000])
 
     def test_nan_in_a_file(self, tmp_path):
         wave = tone(0.1, RATE)

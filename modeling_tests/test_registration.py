@@ -49,8 +49,13 @@ def test_public_names():
         "MelLLMProcessor",
         "MelLLMSpeechConfig",
         "MelLLMVocoderConfig",
+        "Segment",
+        "Transcription",
         "load_audio",
         "register",
+        "split_audio",
+        "stream_audio",
+        "transcribe",
     }
     assert all(hasattr(mel_llm, name) for name in mel_llm.__all__)
 

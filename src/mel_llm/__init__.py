@@ -4,12 +4,13 @@ Importing this package is all it takes for `AutoModelForSpeechSeq2Seq`, `AutoPro
 and PEFT to work with a Mel-LLM checkpoint.
 """
 
-from .audio_utils_mel_llm import load_audio
+from .audio_utils_mel_llm import load_audio, stream_audio
 from .configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMSpeechConfig, MelLLMVocoderConfig
 from .feature_extraction_mel_llm import MelLLMFeatureExtractor
 from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel, MelLLMPreTrainedModel
 from .processing_mel_llm import MelLLMProcessor
 from .registration import register
+from .transcription_mel_llm import Segment, Transcription, split_audio, transcribe
 
 
 __version__ = "0.1.0"
@@ -26,6 +27,11 @@ __all__ = [
     "MelLLMProcessor",
     "MelLLMSpeechConfig",
     "MelLLMVocoderConfig",
+    "Segment",
+    "Transcription",
     "load_audio",
     "register",
+    "split_audio",
+    "stream_audio",
+    "transcribe",
 ]

@@ -11,6 +11,8 @@ import importlib
 import io
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -32,11 +34,17 @@ MIN_SAMPLING_RATE, MAX_SAMPLING_RATE = 1_000, 768_000
 
 _MAX_PEAK = 2.0**31  # 32-bit integers passed as floats; nothing louder is audio, and features would overflow
 _BLOCK_SAMPLES = 1 << 18
+_UNKNOWN_LENGTH = 1 << 48  # libsndfile says "for ever" of a FLAC that was written to a pipe
+_READ_SAMPLES = 1 << 12  # decoded in one call: what a decoder that meets damage throws away
 _DOWNLOAD_TIMEOUT_S = 30.0
 _FORMATS = (
     "Formats that are read: WAV, FLAC, OGG (Vorbis or Opus), MP3, AIFF. Convert video containers and others such as "
     "mp4, m4a, webm, aac or wma first, e.g. `ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.wav`."
 )
+
+
+class TruncatedAudioError(ValueError):
+    """The file breaks off, or is damaged, before the end that it announces. What precedes was readable."""
 
 
 def to_mono_float(audio: "np.ndarray | torch.Tensor | list[float]", name: str = "audio") -> np.ndarray:
@@ -141,8 +149,7 @@ def resample(array: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """
     from_rate, to_rate = check_sampling_rate(from_rate, "from_rate"), check_sampling_rate(to_rate, "to_rate")
     array = to_mono_float(array, "array")
-    blocks = (array[i : i + _BLOCK_SAMPLES] for i in range(0, len(array), _BLOCK_SAMPLES))
-    return array if from_rate == to_rate else _resample_blocks(blocks, from_rate, to_rate)
+    return array if from_rate == to_rate else _join(_resample_blocks(_slices(array), from_rate, to_rate))
 
 
 def check_sampling_rate(rate: Any, name: str = "sampling_rate") -> int:
@@ -155,22 +162,45 @@ def check_sampling_rate(rate: Any, name: str = "sampling_rate") -> int:
     return int(rate)
 
 
-def _resample_blocks(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> np.ndarray:
-    """Join mono float32 blocks at the new rate; block by block, so that only the result is ever held as a whole."""
+def _resample_blocks(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iterator[np.ndarray]:
+    """Mono float32 blocks at the new rate, `ceil(samples * to_rate / from_rate)` samples in all."""
     if from_rate == to_rate:
-        outputs = list(blocks)
-        return np.concatenate(outputs) if outputs else np.zeros(0, np.float32)
+        yield from blocks
+        return
     stream = _require("soxr").ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
-    num_samples, outputs = 0, []
+    num_samples, num_resampled = 0, 0
     for block in blocks:
         num_samples += len(block)
-        outputs.append(stream.resample_chunk(block))
-    outputs.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
-    resampled = np.concatenate(outputs)
-    length = -(-num_samples * to_rate // from_rate)  # ceil
-    if len(resampled) < length:
-        resampled = np.pad(resampled, (0, length - len(resampled)))
-    return resampled[:length]
+        resampled = stream.resample_chunk(block)
+        num_resampled += len(resampled)
+        yield resampled
+    missing = -(-num_samples * to_rate // from_rate) - num_resampled  # ceil
+    rest = stream.resample_chunk(np.zeros(0, np.float32), last=True)[:missing]
+    yield np.pad(rest, (0, missing - len(rest)))
+
+
+def _slices(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[i : i + _BLOCK_SAMPLES] for i in range(0, len(array), _BLOCK_SAMPLES))
+
+
+def _join(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
+def _regroup(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same samples in blocks of `size`, of which only the last may be shorter."""
+    held, num_held = [], 0
+    for block in blocks:
+        while num_held + len(block) >= size:
+            held.append(block[: size - num_held])
+            block = block[size - num_held :]
+            yield held[0] if len(held) == 1 else np.concatenate(held)
+            held, num_held = [], 0
+        if len(block):
+            held.append(block)
+            num_held += len(block)
+    if held:
+        yield np.concatenate(held)
 
 
 def load_audio(
@@ -200,25 +230,73 @@ def load_audio(
         ConnectionError: The URL could not be fetched.
         ImportError: soundfile or soxr is needed and missing.
         TypeError: `source` is none of the above.
-        ValueError: The content is empty, truncated or not audio that can be read; or an argument is out of range.
+        ValueError: The content is empty, truncated ([`TruncatedAudioError`]) or not audio that can be read; or an
+            argument is out of range.
     """
     sampling_rate = check_sampling_rate(sampling_rate)
     if not (math.isfinite(offset) and offset >= 0):
         raise ValueError(f"`offset` must be at least 0 seconds, got {offset}.")
     if duration is not None and not (math.isfinite(duration) and duration > 0):
         raise ValueError(f"`duration` must be more than 0 seconds or None, got {duration}.")
-    if isinstance(source, dict):
-        source = _from_dict(source)
+    held = _held_array(source, sampling_rate)
+    if held is not None:
+        array, rate = held
+        start, count = _span(len(array), rate, offset, duration, "source")
+        return resample(array[start : start + count], rate, sampling_rate)
+    with _open(_from_dict(source)) as (file, name):
+        return _join(_decode(file, name, sampling_rate, offset, duration))
+
+
+def stream_audio(source: AudioSource, sampling_rate: int = 16000, block_seconds: float = 10.0) -> Iterator[np.ndarray]:
+    """Read audio block by block, so that a recording of hours needs no more memory than a block.
+
+    The blocks, joined, are what [`load_audio`] returns. A stream that cannot seek and a URL are copied into a temporary
+    file first: formats say at their end, or all over, what a decoder needs to begin.
+
+    Args:
+        source: As for [`load_audio`]; what is handed over as an array or as bytes is in memory already.
+        sampling_rate (`int`, defaults to 16000): The wanted rate in Hz.
+        block_seconds (`float`, defaults to 10.0): Length of each block but the last, in seconds.
+
+    Returns:
+        Iterator of `np.ndarray`: `(samples,)`, float32.
+
+    Raises:
+        TruncatedAudioError: The file breaks off. Raised after everything that could be read has been given out.
+        ValueError, OSError, ImportError, TypeError: As [`load_audio`], at once for the arguments and at the first
+            `next()` for the source.
+    """
+    sampling_rate = check_sampling_rate(sampling_rate)
+    if not (math.isfinite(block_seconds) and block_seconds > 0):
+        raise ValueError(f"`block_seconds` must be more than 0 seconds, got {block_seconds}.")
+    return _stream(source, sampling_rate, max(1, round(block_seconds * sampling_rate)))
+
+
+def _stream(source: AudioSource, sampling_rate: int, block_samples: int) -> Iterator[np.ndarray]:
+    held = _held_array(source, sampling_rate)
+    if held is not None:
+        array, rate = held
+        yield from _regroup(_resample_blocks(_slices(array), rate, sampling_rate), block_samples)
+        return
+    with _open(_from_dict(source)) as (file, name):
+        yield from _decode(file, name, sampling_rate, block_samples=block_samples)
+
+
+def _held_array(source: AudioSource, sampling_rate: int) -> tuple[np.ndarray, int] | None:
+    """The mono waveform of a source that is an array, and its rate in Hz; None for a source that must be read."""
+    source = _from_dict(source)
     if isinstance(source, tuple) and len(source) == 2 and not isinstance(source[0], (int, float)):
         array, rate = source
-        return _cut_and_resample(array, check_sampling_rate(rate, "source[1]"), sampling_rate, offset, duration)
+        return to_mono_float(array, "source"), check_sampling_rate(rate, "source[1]")
     if isinstance(source, (np.ndarray, torch.Tensor, list)):
-        return _cut_and_resample(source, sampling_rate, sampling_rate, offset, duration)
-    with _open(source) as (file, name):
-        return _decode(file, name, sampling_rate, offset, duration)
+        return to_mono_float(source, "source"), sampling_rate
+    return None
 
 
-def _from_dict(source: dict[str, Any]) -> AudioSource:
+def _from_dict(source: AudioSource) -> AudioSource:
+    """What a dict of `datasets` holds; anything else as it is."""
+    if not isinstance(source, dict):
+        return source
     if source.get("array") is not None:
         if source.get("sampling_rate") is None:
             raise ValueError(f"An audio dict with `array` needs `sampling_rate` (Hz) too, got keys {sorted(source)}.")
@@ -230,12 +308,6 @@ def _from_dict(source: dict[str, Any]) -> AudioSource:
     raise ValueError(
         f"An audio dict needs `array` and `sampling_rate`, `bytes`, or `path`; got keys {sorted(source)}."
     )
-
-
-def _cut_and_resample(array: Any, rate: int, to_rate: int, offset: float, duration: float | None) -> np.ndarray:
-    array = to_mono_float(array, "source")
-    start, count = _span(len(array), rate, offset, duration, "source")
-    return resample(array[start : start + count], rate, to_rate)
 
 
 def _span(num_samples: int, rate: int, offset: float, duration: float | None, name: str) -> tuple[int, int]:
@@ -251,7 +323,9 @@ def _span(num_samples: int, rate: int, offset: float, duration: float | None, na
 def _open(source: Any) -> Iterator[tuple[BinaryIO, str]]:
     """Yield a seekable binary file and the name that errors give it."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        yield io.BytesIO(_download(source)), source
+        with tempfile.TemporaryFile() as file:
+            _download(source, file)
+            yield file, source
     elif isinstance(source, str) and source.startswith("data:"):
         yield io.BytesIO(_decode_data_uri(source)), source[:40] + "..."
     elif isinstance(source, (str, os.PathLike)):
@@ -264,7 +338,9 @@ def _open(source: Any) -> Iterator[tuple[BinaryIO, str]]:
         if source.seekable():
             yield source, name
         else:
-            yield io.BytesIO(source.read()), name
+            with tempfile.TemporaryFile() as file:
+                shutil.copyfileobj(source, file)
+                yield file, name
     else:
         raise TypeError(
             "`source` must be a path, an http(s) URL, a data: URI, bytes, a binary file, an array, (array, rate) or an "
@@ -272,16 +348,16 @@ def _open(source: Any) -> Iterator[tuple[BinaryIO, str]]:
         )
 
 
-def _download(url: str) -> bytes:
-    # The Hub client's session, because the HTTP library below it has another name in each major version.
+def _download(url: str, file: BinaryIO) -> None:
     from huggingface_hub.utils import get_session
 
     try:
-        response = get_session().get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT_S)
-        response.raise_for_status()
+        with get_session().stream("GET", url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT_S) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                file.write(chunk)
     except Exception as error:
         raise ConnectionError(f"Could not fetch {url}: {error}") from error
-    return response.content
 
 
 def _decode_data_uri(uri: str) -> bytes:
@@ -294,17 +370,18 @@ def _decode_data_uri(uri: str) -> bytes:
         raise ValueError(f"The data: URI {uri[:40]!r} does not hold valid base64: {error}") from error
 
 
-def _decode(file: BinaryIO, name: str, sampling_rate: int, offset: float, duration: float | None) -> np.ndarray:
+def _decode(
+    file: BinaryIO,
+    name: str,
+    sampling_rate: int,
+    offset: float = 0.0,
+    duration: float | None = None,
+    block_samples: int = _BLOCK_SAMPLES,
+) -> Iterator[np.ndarray]:
     soundfile = _require("soundfile")
-    _check_complete(file, name)
+    damage = _missing_bytes(file, name)
     try:
-        with soundfile.SoundFile(file) as audio:
-            rate = check_sampling_rate(audio.samplerate, f"sampling rate of {name}")
-            if audio.frames == 0:
-                raise ValueError(f"{name} holds no audio: it has 0 samples.")
-            start, count = _span(audio.frames, rate, offset, duration, name)
-            audio.seek(start)
-            samples = _resample_blocks(_mono_blocks(audio, count, name), rate, sampling_rate)
+        audio = soundfile.SoundFile(file)
     except (
         soundfile.LibsndfileError,
         TypeError,
@@ -312,24 +389,70 @@ def _decode(file: BinaryIO, name: str, sampling_rate: int, offset: float, durati
         # libsndfile's own text names a Python object and often calls a truncated file one of unknown format
         reason = getattr(error, "error_string", str(error))
         raise ValueError(f"{name} is not audio that can be read, or is truncated ({reason}) {_FORMATS}") from error
-    return to_mono_float(samples, name)
+    with audio:
+        rate = check_sampling_rate(audio.samplerate, f"sampling rate of {name}")
+        if audio.frames == 0:
+            raise ValueError(f"{name} holds no audio: it has 0 samples.")
+        start, count = _span(audio.frames, rate, offset, duration, name)
+        reader = _MonoReader(audio, start, count)
+        for block in _regroup(_resample_blocks(reader, rate, sampling_rate), block_samples):
+            yield to_mono_float(block, name)
+    damage = damage or reader.damage
+    # Only now, behind the resampler's last samples: whoever streams keeps what there was
+    if damage:
+        raise TruncatedAudioError(f"{name} is truncated: {damage}.")
 
 
-def _mono_blocks(audio: Any, count: int, name: str) -> Iterator[np.ndarray]:
-    """Read `count` samples of an open `soundfile.SoundFile`, averaged over its channels."""
-    remaining = count
-    while remaining > 0:
-        block = audio.read(min(remaining, _BLOCK_SAMPLES), dtype="float32", always_2d=True)
-        if len(block) == 0:
-            break
-        remaining -= len(block)
-        yield np.ascontiguousarray(block.mean(axis=1) if block.shape[1] > 1 else block[:, 0])
-    if remaining > 0.05 * count:  # MP3 announces its length with some slack
-        raise ValueError(f"{name} is truncated: {count} samples announced, {count - remaining} found.")
+class _MonoReader:
+    """Iterates over `count` samples of an open `soundfile.SoundFile` from `start` on, averaged over its channels.
+
+    It ends where the file breaks off, and `damage` then says so.
+    """
+
+    def __init__(self, audio: Any, start: int, count: int):
+        self.audio, self.start, self.count = audio, start, count
+        self.damage: str | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        found = 0
+        error_type = _require("soundfile").LibsndfileError
+        try:
+            self.audio.seek(self.start)
+            # soundfile seeks to where it is after every read, which fails at the end of a FLAC that was streamed or
+            # broke off, and takes what was read with it
+            self.audio.seekable = lambda: False
+            while found < self.count:
+                block, error = self._read_block(min(self.count - found, _BLOCK_SAMPLES), error_type)
+                found += len(block)
+                if len(block):
+                    yield np.ascontiguousarray(block.mean(axis=1) if block.shape[1] > 1 else block[:, 0])
+                if error is not None:
+                    raise error
+                if len(block) == 0:
+                    break
+        except error_type as error:
+            self.damage = f"{self.count} samples announced, {found} found ({error.error_string.rstrip('.')})"
+        if self.count >= _UNKNOWN_LENGTH:
+            return
+        if self.count - found > 0.05 * self.count:  # MP3 announces its length with some slack
+            self.damage = self.damage or f"{self.count} samples announced, {found} found"
+
+    def _read_block(self, size: int, error_type: type) -> tuple[np.ndarray, Exception | None]:
+        """`(samples, channels)` and the error, if any, behind which nothing can be read."""
+        block, found = np.empty((size, self.audio.channels), np.float32), 0
+        while found < size:
+            try:
+                part = self.audio.read(out=block[found : found + _READ_SAMPLES])
+            except error_type as error:
+                return block[:found], error
+            if len(part) == 0:
+                break
+            found += len(part)
+        return block[:found], None
 
 
-def _check_complete(file: BinaryIO, name: str) -> None:
-    """Refuse an empty file, and a WAV that is shorter than it says, which libsndfile would read in silence."""
+def _missing_bytes(file: BinaryIO, name: str) -> str | None:
+    """Refuses an empty file, and finds a WAV that is shorter than it says, which libsndfile would read in silence."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     header = file.read(12)
@@ -338,8 +461,9 @@ def _check_complete(file: BinaryIO, name: str) -> None:
         raise ValueError(f"{name} is empty (0 bytes).")
     if header[:4] == b"RIFF" and header[8:] == b"WAVE":
         announced = int.from_bytes(header[4:8], "little") + 8
-        if size < announced < 1 << 30:  # programs that write to a pipe put an enormous size there
-            raise ValueError(f"{name} is truncated: {announced} bytes announced, {size} found.")
+        if size < announced < 0x7FF00000:  # programs that write to a pipe put 2 or 4 GB there
+            return f"{announced} bytes announced, {size} found"
+    return None
 
 
 def _require(module: str) -> ModuleType:

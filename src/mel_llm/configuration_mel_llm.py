@@ -102,6 +102,9 @@ class MelLLMAudioConfig(PreTrainedConfig):
             directions inside the language model (ours; the paper's attention is causal).
         max_source_positions (`int`, defaults to 3750): Most audio tokens that one clip is expected to have (300 s at
             the default rate). Serving engines plan their memory with it; longer clips are not refused (ours).
+        max_audio_seconds (`float`, defaults to 30.0): Longest piece that the model was trained on, in seconds, from 1
+            on. Long-form transcription cuts audio into pieces of at most this; longer clips passed to `generate()`
+            are not refused (ours).
         silence_threshold (`float`, *optional*): A clip whose loudest frame has a mean log-mel below this is silent:
             `generate()` gives it an empty transcript. In the units of the features, so it depends on how they are
             made; [`mel_llm.conversion.from_text_llm`] sets it for its feature extractor. `None` turns it off (ours).
@@ -127,6 +130,7 @@ class MelLLMAudioConfig(PreTrainedConfig):
     encoder_config: dict | None = None
     bidirectional_attention: bool = False
     max_source_positions: int = 3750
+    max_audio_seconds: float = 30.0
     silence_threshold: float | None = None
     initializer_range: float = 0.02
 
@@ -139,6 +143,7 @@ class MelLLMAudioConfig(PreTrainedConfig):
         _check_choice(self, "projector_type", ("mlp", "linear"))
         _check_choice(self, "encoder_type", ("none", "conformer"))
         _check_number(self, "projector_dropout", 0.0, 1.0)
+        _check_number(self, "max_audio_seconds", 1.0, 86400.0)
         _check_number(self, "silence_threshold", optional=True)
         _check_number(self, "initializer_range", 0.0)
         _check_bool(self, "bidirectional_attention")

@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .transcription_mel_llm import Transcription, transcribe
+
 
 logger = logging.get_logger(__name__)
 
@@ -234,6 +236,11 @@ class MelLLMGenerationMixin(GenerationMixin):
             output["sequences"] = transcripts
             return output
         return transcripts
+
+    def transcribe(self, audio, processor, **kwargs) -> Transcription:
+        """The transcript of a recording of any length, with segments and their times; see
+        [`~transcription_mel_llm.transcribe`], which takes the same arguments."""
+        return transcribe(self, processor, audio, **kwargs)
 
     def _transcript_lengths(
         self, generation_config: GenerationConfig | None, kwargs: dict, budgets: torch.LongTensor
