@@ -25,7 +25,7 @@ import torch
 AudioSource = Any
 
 # What a folder is searched for
-AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc")
+AUDIO_EXTENSIONS = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc")
 
 MAX_CHANNELS = 8
 # No audio device or telephone line is outside these (Hz). A lower rate in a forged header would make resampling

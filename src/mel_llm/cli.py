@@ -11,10 +11,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from .audio_utils_mel_llm import AUDIO_EXTENSIONS
+
 
 app = typer.Typer(help="Language models that read and write spectrograms.", no_args_is_help=True)
 
-AUDIO_EXTENSIONS = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc")
 _STDIN = "-"
 
 
