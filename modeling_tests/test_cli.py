@@ -285,6 +285,17 @@ def load_tiny(folder):
     return AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
+def test_a_model_of_another_kind(speech_clips, tmp_path, tiny_folder):
+    from transformers import AutoProcessor, Speech2TextConfig, Speech2TextForConditionalGeneration
+
+    config = Speech2TextConfig(vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+                               decoder_ffn_dim=8, encoder_attention_heads=1, decoder_attention_heads=1)  # fmt: skip
+    Speech2TextForConditionalGeneration(config).save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    result = call(speech_clips[0]["path"], "--model", tmp_path)
+    assert result.exit_code == 2 and "is no Mel-LLM but of the type 'speech_to_text'" in result.stderr
+
+
 def test_a_reader_that_goes_away(tiny_folder, speech_clips):
     process = program(*[clip["path"] for clip in speech_clips], "--model", tiny_folder)
     assert process.stdout.readline()

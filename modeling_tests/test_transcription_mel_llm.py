@@ -173,7 +173,7 @@ class TestSplit:
 
 
 class TestTranscribe:
-    @pytest.mark.parametrize("request_kwargs", [{}, {"language": "en"}, {"prompt": "Names: Ada."}])
+    @pytest.mark.parametrize("request_kwargs", [{}, {"language": "en", "prompt": "Names: Ada."}])
     def test_a_batch_is_one_by_one(self, tiny, talk, request_kwargs):
         model, processor = tiny
         audio, _ = talk

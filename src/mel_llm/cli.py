@@ -206,14 +206,20 @@ def _load(model: str, device: str | None, dtype: str, options: dict) -> Callable
         recogniser = AutoModelForSpeechSeq2Seq.from_pretrained(model, dtype=dtype).to(device).eval()
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         _fail(error)
+    if not hasattr(recogniser, "transcribe"):  # Whisper, say, which the same Auto class loads
+        _fail(f"{model} is no Mel-LLM but of the type {recogniser.config.model_type!r}.")
 
     def recognise(audio, on_segment, on_progress):
-        return mel_llm.transcribe(
-            recogniser, processor, audio, on_segment=on_segment, on_progress=on_progress, **options
-        )
+        logger = logging.get_logger("mel_llm.transcription_mel_llm")
+        level = logger.level
+        logger.setLevel("ERROR")  # the command reports a truncated file itself
+        try:
+            return mel_llm.transcribe(
+                recogniser, processor, audio, on_segment=on_segment, on_progress=on_progress, **options
+            )
+        finally:
+            logger.setLevel(level)
 
-    # The command reports a truncated file itself
-    logging.get_logger("mel_llm.transcription_mel_llm").setLevel("ERROR")
     return recognise
 
 
