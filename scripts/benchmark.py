@@ -586,7 +586,6 @@ def throughput_section(plan: Plan, models: Models, clips: list[dict]) -> list[di
 
         def transcribe(waveforms=waveforms, **options) -> None:
             features = models.features(waveforms)
-            features["input_features"] = features["input_features"].to(plan.dtype)
             generate(models.mel_llm, features, plan.new_tokens, **options)
 
         cases = {"eager": transcribe, "static": lambda call=transcribe: call(cache_implementation="static")}
@@ -943,7 +942,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--device", choices=("cpu", "cuda"), help="where the models are (default: cuda if there is one)"
     )
     parser.add_argument("--threads", type=positive, help="torch's threads on the CPU (default: torch's own choice)")
-    parser.add_argument("--repeats", type=positive, default=7, help="rounds; features take three times as many")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds; features take three times as many")
     parser.add_argument("--size", choices=SIZES, help="of the backbone (default: small on the CPU, 1b on a GPU)")
     parser.add_argument("--output-dir", type=Path, help="where benchmarks.json and benchmarks.md go (default: docs/)")
     parser.add_argument("--only", choices=SECTIONS, help="run one section; needs --output-dir")

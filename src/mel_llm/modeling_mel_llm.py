@@ -27,6 +27,10 @@ from .generation_mel_llm import MelLLMGenerationMixin
 
 logger = logging.get_logger(__name__)
 
+# Values that one step of the stem on the CPU may hold: beyond some 32 MB, what it costs to get memory from the system at
+# every layer exceeds what the layer costs.
+_CPU_BLOCK_VALUES = 1 << 22
+
 
 def _length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
     """`(B,)` lengths to a boolean mask `(B, size)`, true at the first `lengths[i]` places."""
@@ -109,6 +113,9 @@ class MelLLMConvSubsampling(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """`(B, T, F)` features, zero beyond `lengths` (B,), to `(B, n, hidden_size)`."""
+        symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not symbolic:
+            return self.out(self._convolve_in_blocks(hidden_states, lengths))
         hidden_states = hidden_states.unsqueeze(1)
         for layer in self.conv:
             hidden_states = layer(hidden_states)
@@ -119,6 +126,24 @@ class MelLLMConvSubsampling(nn.Module):
                 mask = _length_mask(lengths, hidden_states.shape[2])
                 hidden_states = hidden_states * mask[:, None, :, None].to(hidden_states.dtype)
         return self.out(hidden_states.transpose(1, 2).flatten(2))
+
+    def _convolve_in_blocks(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """The same clip by clip and block by block, `(B, n, channels * bins)`: nothing is spent on padding, and no layer's
+        values leave the cache. Several times as fast on a CPU; with gradients, it would have to keep them all anyway.
+        """
+        r = 2**self.num_stages
+        batch_size, num_frames, num_bins = hidden_states.shape
+        block = max(8, _CPU_BLOCK_VALUES // (self.conv[0].out_channels * (r // 2) * math.ceil(num_bins / 2)))  # tokens
+        clip_lengths = [num_frames] * batch_size if lengths is None else lengths.tolist()
+        output = hidden_states.new_zeros(batch_size, math.ceil(num_frames / r), self.out.in_features)
+        for clip, row, length in zip(hidden_states, output, clip_lengths, strict=True):
+            for start in range(0, math.ceil(length / r), block):
+                # One token more on the left takes the place of the zeros that pad each layer there
+                extra = 1 if start else 0
+                frames = clip[None, None, (start - extra) * r : min((start + block) * r, length)]
+                tokens = self.conv(frames.to(memory_format=torch.channels_last)).transpose(1, 2).flatten(2)[0, extra:]
+                row[start : start + len(tokens)] = tokens
+        return output
 
 
 class MelLLMConformerEncoder(nn.Module):
