@@ -756,6 +756,13 @@ def _render_generation(results: dict) -> list[str]:
     ]
     used = [case for case in labels if case in runs[0]["ratio"]]
     rows = [[labels[case], *(_overhead(run["ratio"].get(case)) for run in runs)] for case in used]
+    # How much of it is the new layers' own work
+    for case, label in (("embedder", "stem and projector"), ("embedder_paper_stem", "the paper's stem and projector")):
+        if case in runs[0]["seconds"]:
+            parts_of_prefill = [ratio(run["seconds"], case, "backbone_prefill")["median"] for run in runs]
+            rows.append(
+                [f"{label} on their own, beside the prefill", *(f"{100 * part:.1f} %" for part in parts_of_prefill)]
+            )
     parts = {
         "features": "features",
         "embedder": "embedder and projector",
