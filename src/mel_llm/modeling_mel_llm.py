@@ -108,13 +108,16 @@ class MelLLMConvSubsampling(nn.Module):
             ]
         self.conv = nn.Sequential(*layers)
         num_bins = math.ceil(config.num_mel_bins / config.reduction_factor)
-        self.out = nn.Linear(channels * num_bins, config.hidden_size)
+        self.flat_size = channels * num_bins
+        self.values_per_token = channels * config.reduction_factor // 2 * math.ceil(config.num_mel_bins / 2)  # at most
+        self.out = nn.Linear(self.flat_size, config.hidden_size)
         _mark_uniform_init(self)
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """`(B, T, F)` features, zero beyond `lengths` (B,), to `(B, n, hidden_size)`."""
         symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not symbolic:
+        on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype != torch.float16  # which blocks slow down
+        if on_cpu and not torch.is_grad_enabled() and not symbolic:
             return self.out(self._convolve_in_blocks(hidden_states, lengths))
         hidden_states = hidden_states.unsqueeze(1)
         for layer in self.conv:
@@ -132,10 +135,10 @@ class MelLLMConvSubsampling(nn.Module):
         values leave the cache. Several times as fast on a CPU; with gradients, it would have to keep them all anyway.
         """
         r = 2**self.num_stages
-        batch_size, num_frames, num_bins = hidden_states.shape
-        block = max(8, _CPU_BLOCK_VALUES // (self.conv[0].out_channels * (r // 2) * math.ceil(num_bins / 2)))  # tokens
+        batch_size, num_frames = hidden_states.shape[:2]
+        block = max(8, _CPU_BLOCK_VALUES // self.values_per_token)  # in tokens
         clip_lengths = [num_frames] * batch_size if lengths is None else lengths.tolist()
-        output = hidden_states.new_zeros(batch_size, math.ceil(num_frames / r), self.out.in_features)
+        output = hidden_states.new_zeros(batch_size, math.ceil(num_frames / r), self.flat_size)
         for clip, row, length in zip(hidden_states, output, clip_lengths, strict=True):
             for start in range(0, math.ceil(length / r), block):
                 # One token more on the left takes the place of the zeros that pad each layer there
