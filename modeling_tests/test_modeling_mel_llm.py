@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMForSpeechSeq2Seq, MelLLMModel
+from mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMForSpeechSeq2Seq, MelLLMModel, modeling_mel_llm
 from mel_llm.conversion import from_text_llm
 from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMConvSubsampling
 
@@ -52,6 +52,25 @@ def test_stem_is_phi4s_stem(reduction_factor):
     expected, _ = source(x, None)
     torch.testing.assert_close(ours(x, None), expected)
     torch.testing.assert_close(ours(x, torch.tensor([101, 101])), expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])  # one of which makes something of nothing
+@pytest.mark.parametrize("reduction_factor", [2, 8])
+def test_stem_in_blocks_is_the_stem(reduction_factor, activation, monkeypatch):
+    # without gradients, and in whole; long enough for several blocks, and with ends in every place of one
+    module, config = embedder(reduction_factor=reduction_factor, conv_activation=activation)
+    for lengths in ([401, 1, 64 * reduction_factor], [24 * reduction_factor + 1, 17], [8 * reduction_factor]):
+        x, mask = features(*lengths)
+        expected = module(x, mask.sum(-1), torch.float32)
+        assert expected.requires_grad
+        for values in (1, modeling_mel_llm._CPU_BLOCK_VALUES):
+            monkeypatch.setattr(modeling_mel_llm, "_CPU_BLOCK_VALUES", values)
+            with torch.no_grad():
+                torch.testing.assert_close(module(x, mask.sum(-1), torch.float32), expected, rtol=1e-4, atol=1e-5)
+                for index, length in enumerate(lengths):
+                    alone = module(x[index : index + 1, :length], None, torch.float32)
+                    n = config.num_audio_tokens(length)
+                    torch.testing.assert_close(alone[0], expected[index, :n], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("embedder_type", ["conv", "linear"])
