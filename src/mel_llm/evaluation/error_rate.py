@@ -43,10 +43,10 @@ class ErrorRate(SpeechMetric):
     unit: ClassVar[str]  # in the names of the details
     _description: ClassVar[str]
 
-    def __init__(self, *args, normalizer: str | Callable[[str], str] = "whisper", **kwargs):
+    def __init__(self, *, normalizer: str | Callable[[str], str] = "whisper", **kwargs):
         get_text_normalizer(normalizer)  # an unknown one is told here, not after hours of transcription
         self.normalizer = normalizer
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
 
     def _align(self, references: list[str], predictions: list[str]) -> jiwer.WordOutput | jiwer.CharacterOutput:
         raise NotImplementedError
