@@ -21,7 +21,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is downloaded
 
-import jiwer
 import torch
 from transformers import Trainer, TrainingArguments, pipeline, set_seed
 from transformers.utils import logging
@@ -29,22 +28,13 @@ from transformers.utils import logging
 import mel_llm
 from mel_llm import MelLLMConfig, load_audio
 from mel_llm.conversion import from_text_llm
+from mel_llm.evaluation import WordErrorRate
 from mel_llm.training import TranscriptionCollator, compute_feature_statistics, train_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ROOT / "demo_clips"
 MODEL = ROOT / ".demo" / "mel-llm-demo"
-
-NORMALISE = jiwer.Compose(
-    [
-        jiwer.ToLowerCase(),
-        jiwer.SubstituteRegexes({r"[^\w\s']": " "}),
-        jiwer.RemoveMultipleSpaces(),
-        jiwer.Strip(),
-        jiwer.ReduceToListOfListOfWords(),
-    ]
-)
 
 
 def read_clips() -> list[dict]:
@@ -139,7 +129,7 @@ def main() -> None:
     for clip, text in zip(clips, texts, strict=True):
         print(f"\n{os.path.basename(clip['path'])}\n  reference:  {clip['text']}\n  hypothesis: {text}")
     references = [clip["text"] for clip in clips]
-    wer = jiwer.wer(references, texts, reference_transform=NORMALISE, hypothesis_transform=NORMALISE)
+    wer = WordErrorRate(normalizer="whisper").compute(predictions=texts, references=references)["wer"]
     seconds = sum(len(array) for array in arrays) / rate
     print(f"\nWER {100 * wer:.1f} % over {len(clips)} recordings, {seconds:.0f} s of speech, in {elapsed:.1f} s")
     if arguments.model is None:

@@ -1,5 +1,6 @@
 """What the metrics share: `evaluate.Metric` made to work offline, in memory, and with others in `evaluate.combine`."""
 
+import inspect
 from collections.abc import Iterable
 
 
@@ -25,16 +26,23 @@ class SpeechMetric(evaluate.Metric):
         keep_in_memory (`bool`, *optional*): By default true with one process. evaluate's own way of distributing one
             metric over several (`num_process`) needs files.
         num_process (`int`, defaults to 1), kwargs: As in `evaluate.Metric`.
+
+    Raises:
+        TypeError: An argument that there is not; `evaluate.Metric` would pass over it.
     """
 
     # Arguments of `compute` that are not inputs
     compute_arguments: tuple[str, ...] = ()
 
-    def __init__(self, *args, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs):
+    # By name only: the first argument of `evaluate.Metric` is `config_name`, and `WordErrorRate("none")` would set that
+    def __init__(self, *, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs):
+        unknown = sorted(kwargs.keys() - inspect.signature(evaluate.Metric.__init__).parameters.keys())
+        if unknown:
+            raise TypeError(f"{type(self).__name__}() got unexpected arguments: {', '.join(unknown)}.")
         if keep_in_memory is None:
             keep_in_memory = num_process == 1
         self.keep_in_memory = keep_in_memory  # `_build_data_dir` asks before the parent class sets it
-        super().__init__(*args, keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
+        super().__init__(keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
 
     def _build_data_dir(self) -> str:
         # The parent class makes the folder even if nothing will be written there

@@ -43,10 +43,10 @@ class ErrorRate(SpeechMetric):
     unit: ClassVar[str]  # in the names of the details
     _description: ClassVar[str]
 
-    def __init__(self, *args, normalizer: str | Callable[[str], str] = "whisper", **kwargs):
+    def __init__(self, *, normalizer: str | Callable[[str], str] = "whisper", **kwargs):
         get_text_normalizer(normalizer)  # an unknown one is told here, not after hours of transcription
         self.normalizer = normalizer
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
 
     def _align(self, references: list[str], predictions: list[str]) -> jiwer.WordOutput | jiwer.CharacterOutput:
         raise NotImplementedError
@@ -81,7 +81,7 @@ class ErrorRate(SpeechMetric):
         A pair whose reference is empty after normalisation adds its insertions and nothing to the length.
 
         Raises:
-            TypeError: A text that is not a string, or an argument that no metric of this package has.
+            TypeError: A text, or what the normaliser makes of one, is not a string; or an argument that no metric of this package has.
             ValueError: There are no pairs; not as many predictions as references; all references together are empty
                 after normalisation, so that there is nothing to divide by; or an unknown normaliser.
         """
@@ -92,8 +92,10 @@ class ErrorRate(SpeechMetric):
         )
 
     def _compute(self, predictions: list[str], references: list[str], normalizer, details: bool) -> dict:
-        references = [normalizer(text) for text in references]
-        predictions = [normalizer(text) for text in predictions]
+        references, predictions = ([normalizer(text) for text in texts] for texts in (references, predictions))
+        for text in references + predictions:
+            if not isinstance(text, str):  # jiwer's transformations, for one, return lists of words
+                raise TypeError(f"The normalizer must return a string, got {type(text).__name__}.")
         if not any(text.strip() for text in references):
             raise ValueError(
                 f"The {self.unit} error rate of {len(references)} pairs is not defined: their references are empty "

@@ -10,8 +10,11 @@ from functools import cache
 _INSIDE_WORDS = "'·׳״"
 # Other characters that people and tools write for an apostrophe between two letters
 _APOSTROPHES = str.maketrans("’ʼ", "''")
-# The joiners are part of the spelling in Persian and in Indic scripts; the other format characters cannot be seen
+# The joiners are part of the spelling in Persian and in Indic scripts, after a letter or a vowel sign, and glue between
+# emojis; the other format characters cannot be seen
 _JOINERS = "\u200c\u200d"
+# Ask for another glyph of the same character, as of a heart in colour
+_VARIATION_SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 
 def _unchanged(text: str) -> str:
@@ -22,11 +25,23 @@ def _lower(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def _without_invisible(text: str) -> str:
+    """The text without what nobody sees or says, which would count as an edit or, left over alone, as a word."""
+    if text.isascii():
+        return text
+    kept = []
+    for char in _VARIATION_SELECTORS.sub("", text):
+        if unicodedata.category(char) != "Cf":
+            kept.append(char)
+        elif char in _JOINERS and kept and unicodedata.category(kept[-1])[0] in "LM":
+            kept.append(char)
+    return "".join(kept)
+
+
 def _lower_no_punctuation(text: str) -> str:
     text = unicodedata.normalize("NFC", text.lower())
     # Before neighbours are looked at: an invisible character beside an apostrophe must not count as one
-    text = "".join(char for char in text if unicodedata.category(char) != "Cf" or char in _JOINERS)
-    text = text.translate(_APOSTROPHES)
+    text = _without_invisible(text).translate(_APOSTROPHES)
 
     def of_a_word(index: int) -> bool:
         # Letters, marks (vowel signs) and numbers
@@ -51,7 +66,9 @@ def _whisper() -> Callable[[str], str]:
     normalize = EnglishTextNormalizer()
 
     def whisper(text: str) -> str:
-        # Whisper's rules leave a lone "." behind at the end of "wait...", which would count as a word
+        # Whisper's rules know contractions by the straight apostrophe only: "don’t" would become "don t". And they leave
+        # a lone "." behind at the end of "wait...", which would count as a word.
+        text = _without_invisible(text).translate(_APOSTROPHES)
         return normalize(re.sub(r"\.{2,}|…", " ", text)).strip()
 
     return whisper
@@ -65,7 +82,7 @@ def _whisper_basic() -> Callable[[str], str]:
     normalize = BasicTextNormalizer()
 
     def whisper_basic(text: str) -> str:
-        return normalize(text).strip()
+        return normalize(_without_invisible(text)).strip()
 
     return whisper_basic
 
@@ -98,7 +115,7 @@ def get_text_normalizer(name: str | Callable[[str], str]) -> Callable[[str], str
     | `"none"` | returns the text unchanged |
     | `"lower"` | lower case, runs of whitespace to one space |
     | `"lower_no_punctuation"` | that, in Unicode's NFC, with a space for punctuation and symbols; any script. Apostrophes inside words stay, as `'`. Good for training labels; spell out `%`, `$` and `&` first, because they go too, and so does the point in `3.5` |
-    | `"whisper"` | English: Whisper's, with numbers as digits, American spelling, contractions and titles written out, no fillers, nothing in brackets. Runs of dots are removed first |
+    | `"whisper"` | English: Whisper's, with numbers as digits, American spelling, contractions and titles written out, no fillers, nothing in brackets. Runs of dots are removed and apostrophes made straight first, which Whisper's own does not do |
     | `"whisper_basic"` | Whisper's for other languages: lower case, and a space for every symbol, punctuation and mark, nothing in brackets. Accents of Latin letters survive, but the vowel signs of Indic scripts are marks: with those, words fall apart. Use `"lower_no_punctuation"` there |
 
     Whisper's rules are those of appendix C of [its paper](https://arxiv.org/abs/2212.04356), in the package
