@@ -56,6 +56,8 @@ def train(clips: list[dict], folder: Path, epochs: int, seed: int) -> None:
         small.text_config, tokenizer, audio_config=small.audio_config, transcription_instruction=""
     )
     examples = [{"audio": load_audio(clip["path"]), "text": clip["text"]} for clip in clips]
+    # Long recordings are cut into pieces of what it was trained on
+    model.config.audio_config.max_audio_seconds = max(len(example["audio"]) for example in examples) / 16000
     features = [processor(example["audio"])["input_features"][0] for example in examples]
     model.model.set_feature_statistics(*compute_feature_statistics(features))
 
