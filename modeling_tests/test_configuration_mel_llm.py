@@ -103,7 +103,7 @@ BAD_FIELDS = [
     (MelLLMSpeechConfig, "history_dropout", 2),
     (MelLLMSpeechConfig, "postnet_layers", -1),
     (MelLLMVocoderConfig, "vocoder_type", "wavenet"),
-    (MelLLMVocoderConfig, "vocoder_kwargs", [1]),
+    (MelLLMVocoderConfig, "feature_config", [1]),
     (MelLLMConfig, "audio_token_id", 200_064),
     (MelLLMConfig, "audio_token_id", "<|audio|>"),
     (MelLLMConfig, "prompt_prefix_ids", [-1]),

@@ -44,6 +44,7 @@ def test_public_names():
         "MelLLMConfig",
         "MelLLMFeatureExtractor",
         "MelLLMForSpeechSeq2Seq",
+        "MelLLMForTextToSpeech",
         "MelLLMModel",
         "MelLLMPreTrainedModel",
         "MelLLMProcessor",

@@ -8,6 +8,7 @@ from .audio_utils_mel_llm import load_audio, stream_audio
 from .configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMSpeechConfig, MelLLMVocoderConfig
 from .feature_extraction_mel_llm import MelLLMFeatureExtractor
 from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel, MelLLMPreTrainedModel
+from .modeling_mel_llm_speech import MelLLMForTextToSpeech
 from .processing_mel_llm import MelLLMProcessor
 from .registration import register
 from .transcription_mel_llm import Segment, Transcription, split_audio, transcribe
@@ -22,6 +23,7 @@ __all__ = [
     "MelLLMConfig",
     "MelLLMFeatureExtractor",
     "MelLLMForSpeechSeq2Seq",
+    "MelLLMForTextToSpeech",
     "MelLLMModel",
     "MelLLMPreTrainedModel",
     "MelLLMProcessor",

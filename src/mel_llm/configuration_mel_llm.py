@@ -215,10 +215,29 @@ class MelLLMSpeechConfig(PreTrainedConfig):
         stop_weight (`float`, defaults to 1.0), stop_positive_weight (`float`, defaults to 100.0): The stop term
             (paper; MELLE).
         delta_weight (`float`, defaults to 0.0), delta_lags (`int`, defaults to 2): SPECTRON's difference terms.
+        loss_scale (`float`, defaults to 1.0): Factor of the whole objective (ours); 1 / `num_mel_bins` brings its sums
+            over bins to the size of a cross-entropy, for training both directions in one run.
+        min_tokens_per_second (`float`, defaults to 1.5): Speech is cut after this: a text of n tokens may take
+            2 seconds and n over this (ours).
+        max_silence_seconds (`float`, defaults to 2.0): Speech that has been silent for so long is over (ours).
     """
 
     model_type = "mel_llm_speech"
     base_config_key = "speech_config"
+    # "paper" is the objective as published, with what it leaves open taken from MELLE; "small" is ours: flux that
+    # cannot run away, a warm-up as short as a small run, and a loss of the size of a cross-entropy.
+    PRESETS: ClassVar[dict[str, dict]] = {
+        "paper": {},
+        "small": {
+            "head_hidden_size": 256,
+            "postnet_layers": 3,
+            "postnet_channels": 128,
+            "history_dropout": 0.2,
+            "kl_warmup_steps": 200,
+            "flux_type": "clipped",
+            "loss_scale": 1 / 80,
+        },
+    }
 
     head_type: str = "vae"
     head_hidden_size: int = 256
@@ -237,6 +256,9 @@ class MelLLMSpeechConfig(PreTrainedConfig):
     stop_positive_weight: float = 100.0
     delta_weight: float = 0.0
     delta_lags: int = 2
+    loss_scale: float = 1.0
+    min_tokens_per_second: float = 1.5
+    max_silence_seconds: float = 2.0
 
     def __post_init__(self, **kwargs):
         _check_choice(self, "head_type", ("vae", "sigma_vae", "deterministic"))
@@ -254,36 +276,91 @@ class MelLLMSpeechConfig(PreTrainedConfig):
         _check_choice(self, "kl_prior", ("target", "standard"))
         _check_choice(self, "flux_type", ("absolute", "clipped"))
         _check_number(self, "history_dropout", 0.0, 1.0)
-        for name in ("kl_weight", "flux_weight", "stop_weight", "stop_positive_weight", "delta_weight"):
+        for name in (
+            "kl_weight",
+            "flux_weight",
+            "stop_weight",
+            "stop_positive_weight",
+            "delta_weight",
+            "loss_scale",
+            "min_tokens_per_second",
+            "max_silence_seconds",
+        ):
             _check_number(self, name, 0.0)
+        if self.postnet_kernel_size % 2 == 0:
+            _fail(type(self).__name__, "postnet_kernel_size", self.postnet_kernel_size, "odd")
+        if self.min_tokens_per_second == 0:
+            _fail(type(self).__name__, "min_tokens_per_second", 0, "more than 0")
         _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "MelLLMSpeechConfig":
+        """`"paper"` or `"small"` (ours), with `overrides`.
+
+        Raises:
+            ValueError: There is no preset of that name.
+        """
+        if name not in cls.PRESETS:
+            _fail(cls.__name__, "name", name, f"one of {', '.join(cls.PRESETS)}")
+        return cls(**{**cls.PRESETS[name], **overrides})
+
 
 class MelLLMVocoderConfig(PreTrainedConfig):
-    r"""What turns mel frames into a waveform. Which vocoder is the checkpoint's choice; none is stated by the paper
-    beyond HiFi-GAN.
+    r"""What turns mel frames into a waveform. Which vocoder is the checkpoint's choice; the paper has HiFi-GAN.
 
     Args:
-        vocoder_type (`str`, defaults to `"griffin_lim"`): `"griffin_lim"`, `"hifigan"` or `"istft"`.
-        sampling_rate (`int`, defaults to 16000): Hz of the waveform it makes.
-        vocoder_kwargs (`dict`, *optional*): Fields of the chosen vocoder's own configuration.
+        vocoder_type (`str`, defaults to `"griffin_lim"`): `"griffin_lim"` needs no training. (`"hifigan"` and `"istft"`
+            are reserved and cannot be built yet.)
+        feature_config (`dict`, *optional*): Arguments of the [`MelLLMFeatureExtractor`] whose frames it inverts;
+            [`from_feature_extractor`] takes them from one. That extractor's defaults when not given.
+        num_iterations (`int`, defaults to 32): Iterations of Griffin-Lim.
     """
 
     model_type = "mel_llm_vocoder"
     base_config_key = "vocoder_config"
+    # What of a feature extractor decides about its frames
+    FEATURE_FIELDS: ClassVar[tuple[str, ...]] = (
+        "feature_size",
+        "sampling_rate",
+        "hop_length",
+        "win_length",
+        "n_fft",
+        "window_function",
+        "window_periodic",
+        "preemphasis",
+        "waveform_scale",
+        "power",
+        "mel_scale",
+        "mel_norm",
+        "triangularize_in_mel_space",
+        "mel_min_frequency",
+        "mel_max_frequency",
+        "mel_floor",
+        "log",
+        "edge_padding",
+    )
 
     vocoder_type: str = "griffin_lim"
-    sampling_rate: int = 16000
-    vocoder_kwargs: dict | None = None
+    feature_config: dict | None = None
+    num_iterations: int = 32
 
     def __post_init__(self, **kwargs):
         _check_choice(self, "vocoder_type", ("griffin_lim", "hifigan", "istft"))
-        _check_int(self, "sampling_rate")
-        if self.vocoder_kwargs is not None and not isinstance(self.vocoder_kwargs, dict):
-            _fail(type(self).__name__, "vocoder_kwargs", self.vocoder_kwargs, "a dict or None")
+        if self.feature_config is not None:
+            unknown = not isinstance(self.feature_config, dict) or set(self.feature_config) - set(self.FEATURE_FIELDS)
+            if unknown:
+                fields = ", ".join(self.FEATURE_FIELDS)
+                _fail(type(self).__name__, "feature_config", self.feature_config, f"a dict with keys among {fields}")
+        _check_int(self, "num_iterations", maximum=1000)
         _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_feature_extractor(cls, feature_extractor, **kwargs) -> "MelLLMVocoderConfig":
+        """The config of a vocoder for the frames of `feature_extractor`."""
+        fields = {name: getattr(feature_extractor, name) for name in cls.FEATURE_FIELDS}
+        return cls(feature_config=fields, **kwargs)
 
 
 def _phi4_mini_text_config() -> PreTrainedConfig:
@@ -323,6 +400,8 @@ class MelLLMConfig(PreTrainedConfig):
         prompt_prefix_ids (`list[int]`), prompt_suffix_ids (`list[int]`): Token ids around the audio in the default
             prompt. The model has no tokenizer, and stock speech recognition clients pass it nothing but audio, so the
             default prompt lies here; [`MelLLMProcessor.default_prompt_ids`] makes it from the tokenizer's template.
+        speech_prefix_ids (`list[int]`), speech_suffix_ids (`list[int]`): Token ids around the text that is to be spoken;
+            [`MelLLMProcessor.speech_prompt_ids`] makes them.
         max_text_tokens_per_second (`float`, defaults to 40.0): Transcripts made from audio alone are cut after this
             many tokens per second of audio plus a constant of 16. English is spoken at some 4 tokens (words) to 20
             (characters) a second, Cyrillic in bytes at up to 35 (ours).
@@ -357,7 +436,12 @@ class MelLLMConfig(PreTrainedConfig):
         "speech_config": MelLLMSpeechConfig,
         "vocoder_config": MelLLMVocoderConfig,
     }
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "audio_hidden_states"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "audio_hidden_states",
+        "losses",
+        "spectrogram",
+    ]
     PRESETS: ClassVar[tuple[str, ...]] = ("paper", "small")
 
     audio_config: dict | PreTrainedConfig | None = None
@@ -367,6 +451,8 @@ class MelLLMConfig(PreTrainedConfig):
     audio_token_id: int | None = None
     prompt_prefix_ids: list[int] | None = None
     prompt_suffix_ids: list[int] | None = None
+    speech_prefix_ids: list[int] | None = None
+    speech_suffix_ids: list[int] | None = None
     max_text_tokens_per_second: float = 40.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -388,7 +474,7 @@ class MelLLMConfig(PreTrainedConfig):
         if self.audio_token_id is None:
             _fail(type(self).__name__, "audio_token_id", None, "given together with `text_config`")
         _check_int(self, "audio_token_id", minimum=0, maximum=vocab_size - 1)
-        for name in ("prompt_prefix_ids", "prompt_suffix_ids"):
+        for name in ("prompt_prefix_ids", "prompt_suffix_ids", "speech_prefix_ids", "speech_suffix_ids"):
             ids = getattr(self, name) or []
             valid = isinstance(ids, list | tuple) and all(
                 isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids
@@ -502,6 +588,11 @@ class MelLLMConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.text_config
+
+    @property
+    def sampling_rate(self) -> int:
+        """Hz of the waveforms that the model makes; the text-to-speech pipeline looks for it here."""
+        return self.audio_config.sampling_rate
 
     @property
     def vocab_size(self) -> int:

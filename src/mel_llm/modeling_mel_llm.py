@@ -576,6 +576,8 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012  (the name and type are transformers')
+    # A checkpoint that speaks too is read without a word about the rest
+    _keys_to_ignore_on_load_unexpected = [r"^speech_head\.", r"^vocoder\."]  # noqa: RUF012
 
     def __init__(self, config: MelLLMConfig):
         super().__init__(config)

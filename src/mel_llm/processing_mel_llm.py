@@ -89,6 +89,7 @@ class MelLLMProcessor(ProcessorMixin):
         audio_token (`str`, defaults to `"<|audio|>"`): Special token of the tokenizer that marks the place of audio.
         reduction_factor (`int`, defaults to 8): Mel frames per audio token; the model's `audio_config` has the same.
         transcription_instruction (`str`): What the default prompt asks for.
+        speech_instruction (`str`): What stands before a text that is to be spoken.
 
     Raises:
         ValueError: `audio_token` is not a token of the tokenizer, or `reduction_factor` is not a positive integer.
@@ -104,6 +105,7 @@ class MelLLMProcessor(ProcessorMixin):
         audio_token: str = "<|audio|>",
         reduction_factor: int = 8,
         transcription_instruction: str = "Transcribe the audio clip into text.",
+        speech_instruction: str = "Read the text aloud.",
     ):
         if not isinstance(reduction_factor, int) or reduction_factor < 1:
             raise ValueError(f"`reduction_factor` must be a positive integer, got {reduction_factor!r}.")
@@ -117,6 +119,7 @@ class MelLLMProcessor(ProcessorMixin):
             )
         self.reduction_factor = reduction_factor
         self.transcription_instruction = transcription_instruction
+        self.speech_instruction = speech_instruction
         if chat_template is None:
             template = tokenizer.chat_template
             if isinstance(template, dict):
@@ -366,6 +369,62 @@ class MelLLMProcessor(ProcessorMixin):
         ids = self._tokenize(text, first=True)
         place = ids.index(self.audio_token_id)
         return ids[:place], ids[place + 1 :]
+
+    def speech_prompt_ids(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after a text that is to be spoken, for the config's `speech_prefix_ids` and
+        `speech_suffix_ids`."""
+        instruction = [{"type": "text", "text": self.speech_instruction + "\n"}] if self.speech_instruction else []
+        place = {"type": "audio", "audio": None}  # stands for the text: a token that no text has
+        messages = [{"role": "user", "content": [*instruction, place]}]
+        ids = self._tokenize(self.apply_chat_template(messages, add_generation_prompt=True), first=True)
+        index = ids.index(self.audio_token_id)
+        return ids[:index], ids[index + 1 :]
+
+    def apply_speech_request(
+        self, text: str | list[str], voice=None, voice_text: str | list[str] | None = None
+    ) -> BatchFeature:
+        r"""Inputs of [`MelLLMForTextToSpeech.generate`].
+
+        Args:
+            text (`str` or `list[str]`): What to speak.
+            voice (*optional*): A recording, or one for each text, whose voice is to go on; anything that
+                [`load_audio`] takes.
+            voice_text (`str` or `list[str]`, *optional*): What is said in it, word for word.
+
+        Returns:
+            `input_ids` and `attention_mask`; with a voice, also `voice_features` `(batch, frames, num_mel_bins)` and
+            `voice_features_mask` `(batch, frames)`.
+
+        Raises:
+            ValueError: A text is empty; a voice comes without its text or the other way round, or their numbers differ.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(item, str) and item.strip() for item in texts):
+            raise ValueError(f"`text` must be a text or a list of texts, none of them empty, got {text!r}.")
+        if (voice is None) != (voice_text is None):
+            raise ValueError("`voice` and `voice_text` go together: a recording, and what is said in it.")
+        batch: dict = {}
+        if voice is not None:
+            clips = self._load_clips(voice, None)
+            spoken = [voice_text] if isinstance(voice_text, str) else list(voice_text)
+            if len(clips) == 1:
+                clips, spoken = clips * len(texts), spoken * len(texts)
+            if not len(clips) == len(spoken) == len(texts):
+                raise ValueError(
+                    f"`voice` has {len(clips)} recordings and `voice_text` {len(spoken)} texts for {len(texts)} of `text`."
+                )
+            texts = [f"{before.strip()} {after}" for before, after in zip(spoken, texts, strict=True)]
+            features = self.feature_extractor(
+                clips, sampling_rate=self.feature_extractor.sampling_rate, return_tensors="pt"
+            )
+            batch["voice_features"], batch["voice_features_mask"] = (
+                features["input_features"],
+                features["attention_mask"],
+            )
+        tokens = self.tokenizer(
+            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+        )
+        return BatchFeature({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **batch})
 
     def response_eos_token_id(self) -> int | None:
         """The token with which the template closes an answer: the tokenizer's end of text, or a chat's end of turn."""

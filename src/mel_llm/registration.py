@@ -10,12 +10,14 @@ from transformers import (
     AutoModel,
     AutoModelForMultimodalLM,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
     AutoProcessor,
 )
 
 from .configuration_mel_llm import MelLLMConfig
 from .feature_extraction_mel_llm import MelLLMFeatureExtractor
 from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel
+from .modeling_mel_llm_speech import MelLLMForTextToSpeech
 from .processing_mel_llm import MelLLMProcessor
 
 
@@ -26,6 +28,8 @@ def register() -> None:
     AutoProcessor.register(MelLLMConfig, MelLLMProcessor, exist_ok=True)
     AutoModel.register(MelLLMConfig, MelLLMModel, exist_ok=True)
     AutoModelForSpeechSeq2Seq.register(MelLLMConfig, MelLLMForSpeechSeq2Seq, exist_ok=True)
+    # Not among the text-to-spectrogram models: for those the pipeline downloads a vocoder
+    AutoModelForTextToWaveform.register(MelLLMConfig, MelLLMForTextToSpeech, exist_ok=True)
     AutoModelForMultimodalLM.register(MelLLMConfig, MelLLMForSpeechSeq2Seq, exist_ok=True)
 
 

@@ -16,7 +16,10 @@ from transformers import (
 from ..configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
 from ..feature_extraction_mel_llm import MelLLMFeatureExtractor
 from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMForSpeechSeq2Seq, MelLLMProjector
+from ..modeling_mel_llm_speech import MelLLMForTextToSpeech
 from ..processing_mel_llm import MelLLMProcessor
+from ..speech_heads_mel_llm import MelLLMSpeechHead
+from ..vocoder_mel_llm import build_vocoder
 
 
 # Special tokens that models keep in reserve, by family. Reusing one leaves the vocabulary, and with it every adapter
@@ -80,7 +83,8 @@ def from_text_llm(
         transcription_instruction (`str`, *optional*): What the default prompt asks for. An empty string suits a model
             that is trained from scratch for nothing else.
         chat_template (`str`, *optional*): For the processor; made from the tokenizer's by default.
-        config_overrides: Fields of [`MelLLMConfig`].
+        config_overrides: Fields of [`MelLLMConfig`]; with a `speech_config`, the model is a
+            [`MelLLMForTextToSpeech`], which speaks too.
 
     Returns:
         The model, untrained where it is new, and the processor. Normalisation statistics of the features are not set:
@@ -131,6 +135,7 @@ def from_text_llm(
         decoder, head = _decoder_and_head(text_model)
 
     prefix, suffix = processor.default_prompt_ids()
+    speech_prefix, speech_suffix = processor.speech_prompt_ids()
     generation_config = text_model.generation_config
     fields = {
         "eos_token_id": tokenizer.eos_token_id if generation_config is None else generation_config.eos_token_id,
@@ -139,6 +144,8 @@ def from_text_llm(
         "response_eos_token_id": processor.response_eos_token_id(),
         "prompt_prefix_ids": prefix,
         "prompt_suffix_ids": suffix,
+        "speech_prefix_ids": speech_prefix,
+        "speech_suffix_ids": speech_suffix,
         # What the weights are, not what a config says: a multimodal model's parts may disagree
         "tie_word_embeddings": head.weight is text_model.get_input_embeddings().weight,
         **config_overrides,
@@ -160,13 +167,22 @@ def from_text_llm(
     config._attn_implementation = attn_implementation
 
     # Without memory for a second language model; what is new is then made where the language model is
+    model_class = MelLLMForSpeechSeq2Seq if config.speech_config is None else MelLLMForTextToSpeech
     with torch.device("meta"):
-        model = MelLLMForSpeechSeq2Seq(config)
+        model = model_class(config)
     model.model.language_model = decoder
     model.lm_head = head
     with head.weight.device:
         model.model.audio_embedder = MelLLMAudioEmbedder(model.model.audio_embedder.config)
         model.model.multi_modal_projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
+        if config.speech_config is not None:
+            model.speech_head = MelLLMSpeechHead(config)
+            for module in model.speech_head.modules():
+                model._init_weights(module)
+        if config.vocoder_config is not None and config.speech_config is not None:
+            model.vocoder = build_vocoder(config.vocoder_config)
+    if config.speech_config is not None:
+        model.speech_head.to(text_model.dtype)
     model.model.audio_embedder.to(text_model.dtype)
     model.model.multi_modal_projector.to(text_model.dtype)
     _check_same_scores(model, text_model)

@@ -1,0 +1,275 @@
+"""Speaking: what training sees is what generation does, alone and in batches, whole and as a stream."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build_tiny
+from test_registration import run
+from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, Trainer, TrainingArguments, pipeline
+
+import mel_llm
+from mel_llm import MelLLMFeatureExtractor, MelLLMForTextToSpeech, MelLLMSpeechConfig, MelLLMVocoderConfig
+from mel_llm.speech_generation_mel_llm import _SpeechOptions
+
+
+def build_speaking(tokenizer, family: str = "llama", vocoder: bool = True, audio: dict | None = None, **speech):
+    extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
+    speech = {"history_dropout": 0.0, "postnet_layers": 2, "postnet_channels": 16, "head_hidden_size": 32, **speech}
+    model, processor = build_tiny(
+        tokenizer,
+        family,
+        audio_config=audio,
+        feature_extractor=extractor,
+        speech_config=MelLLMSpeechConfig.from_preset("small", **speech),
+        vocoder_config=MelLLMVocoderConfig.from_feature_extractor(extractor, num_iterations=4) if vocoder else None,
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # so that the residual and the post-net, which begin at zero, have a say
+        for parameter in model.speech_head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def speaking(tokenizer):
+    return build_speaking(tokenizer)
+
+
+def free(**more):
+    """Arguments with which speech goes on to the limit."""
+    return {"stop_threshold": 1.0, "return_dict_in_generate": True, "seed": 3, **more}
+
+
+def assert_same_sound(samples: torch.Tensor, expected: torch.Tensor) -> None:
+    """Griffin-Lim's iterations make a thousandth of what were last digits in the spectrogram."""
+    assert samples.shape == expected.shape and (samples - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+TEXTS = ["Please try again.", "Yes.", "You have reached a number that is not in service."]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("share_embed", [True, False])
+@pytest.mark.parametrize("head_type", ["vae", "deterministic"])
+def test_generation_is_teacher_forcing(tokenizer, family, share_embed, head_type):
+    model, processor = build_speaking(tokenizer, family, share_embed=share_embed, head_type=head_type)
+    inputs = processor.apply_speech_request(TEXTS[:2])
+    options = _SpeechOptions(temperature=0.0, max_patches=7, stop_threshold=1.0)
+    frames, lengths, _ = model._write_patches(*inputs.values(), None, None, options, None)
+    assert lengths.tolist() == [28, 28]
+    hidden = model._teacher_forced_states(inputs["input_ids"], inputs["attention_mask"], frames, lengths)
+    mean, _ = model.speech_head.distribution(hidden[:, :-1])
+    torch.testing.assert_close(model.speech_head._frames(model.speech_head.decode(mean)), frames, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction_factor", [1, 2, 8])
+def test_other_patch_sizes(tokenizer, reduction_factor):
+    model, processor = build_speaking(tokenizer, audio={"reduction_factor": reduction_factor})
+    output = model.generate(**processor("Yes."), **free(max_new_tokens=5))
+    assert output.spectrogram[0].shape == (5 * reduction_factor, 80)
+    assert output.audio[0].shape == (5 * reduction_factor * 160,)
+
+
+def test_a_text_speaks_the_same_in_any_batch(speaking):
+    model, processor = speaking
+    model = copy.deepcopy(model)
+    model.config.speech_config.history_dropout = 0.3
+    together = model.generate(**processor.apply_speech_request(TEXTS), **free(max_new_tokens=6))
+    for index, text in enumerate(TEXTS):
+        alone = model.generate(**processor.apply_speech_request(text), **free(max_new_tokens=6))
+        torch.testing.assert_close(alone.spectrogram[0], together.spectrogram[index], rtol=1e-4, atol=1e-3)
+        assert len(alone.audio[0]) == len(together.audio[index])
+    other = model.generate(**processor.apply_speech_request(TEXTS), **free(max_new_tokens=6, seed=4))
+    assert not torch.allclose(other.spectrogram[0], together.spectrogram[0])
+
+
+def test_limits_and_the_stop(speaking):
+    model, processor = speaking
+    inputs = processor.apply_speech_request(TEXTS[:2])
+    tokens = inputs["attention_mask"].sum(-1)
+    output = model.generate(**inputs, **free())
+    expected = [-(-(2.0 + n / 1.5) // 0.04) * 4 for n in tokens.tolist()]
+    assert [len(frames) for frames in output.spectrogram] == expected and output.stopped == [False, False]
+    half = model.generate(**inputs, **free(max_seconds=0.5))
+    assert [len(frames) for frames in half.spectrogram] == [52, 52]
+    at_once = model.generate(**inputs, **free(stop_threshold=1e-9, min_seconds=0.2))
+    assert [len(frames) for frames in at_once.spectrogram] == [20, 20] and at_once.stopped == [True, True]
+    waveforms = model.generate(**inputs, max_seconds=0.5, stop_threshold=1.0)
+    assert waveforms.shape == (2, 52 * 160)
+
+
+def test_silence_ends_speech(speaking, monkeypatch):
+    model, processor = speaking
+    spoken = iter([torch.full((1, 4, 80), 1.0)] * 5 + [torch.full((1, 4, 80), -3.0)] * 1000)
+    monkeypatch.setattr(model.speech_head, "sample", lambda *args: next(spoken))
+    output = model.generate(**processor(TEXTS[2]), **free(max_seconds=30))
+    assert len(output.spectrogram[0]) == (5 + 8) * 4  # and 0.3 s of the silence
+    assert output.stopped == [False]
+
+
+def test_a_stream_is_the_whole(speaking):
+    model, processor = speaking
+
+    class Streamer:
+        def __init__(self):
+            self.parts, self.ended = [], False
+
+        def put(self, value):
+            self.parts.append(value)
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    inputs = processor(TEXTS[2])
+    whole = model.generate(**inputs, **free(max_seconds=6.0, streamer=streamer))
+    assert streamer.ended and len(streamer.parts) > 3
+    assert_same_sound(torch.cat(streamer.parts), whole.audio[0])
+    with pytest.raises(ValueError, match="one text at a time"):
+        model.generate(**processor.apply_speech_request(TEXTS), streamer=Streamer())
+
+
+def test_a_voice_goes_before(speaking, speech_clips):
+    model, processor = speaking
+    clips = speech_clips[:2]
+    inputs = processor.apply_speech_request(
+        TEXTS[:2], voice=[clip["array"] for clip in clips], voice_text=[clip["text"] for clip in clips]
+    )
+    together = model.generate(**inputs, **free(max_new_tokens=5))
+    alone = model.generate(
+        **processor.apply_speech_request(TEXTS[1], voice=clips[1]["array"], voice_text=clips[1]["text"]),
+        **free(max_new_tokens=5),
+    )
+    torch.testing.assert_close(alone.spectrogram[0], together.spectrogram[1], rtol=1e-4, atol=1e-3)
+    without = model.generate(**processor.apply_speech_request(TEXTS[1]), **free(max_new_tokens=5))
+    assert not torch.allclose(without.spectrogram[0], together.spectrogram[1])
+
+    # What it continues with is what teacher forcing over voice and speech predicts
+    options = _SpeechOptions(temperature=0.0, max_patches=4, stop_threshold=1.0)
+    one = processor.apply_speech_request(TEXTS[1], voice=clips[1]["array"], voice_text=clips[1]["text"])
+    frames, _, _ = model._write_patches(*one.values(), options, None)
+    voice = model.normalize(one["voice_features"])
+    num_voice = voice.shape[1] // 4 * 4
+    everything = torch.cat([voice[:, :num_voice], frames], dim=1)
+    lengths = torch.tensor([everything.shape[1]])
+    hidden = model._teacher_forced_states(one["input_ids"], one["attention_mask"], everything, lengths)
+    mean, _ = model.speech_head.distribution(hidden[:, :-1])
+    predicted = model.speech_head._frames(model.speech_head.decode(mean))[:, num_voice:]
+    torch.testing.assert_close(predicted, frames, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("request_kwargs", "message"),
+    [
+        ({"text": ""}, "none of them empty"),
+        ({"text": ["a", "  "]}, "none of them empty"),
+        ({"text": "a", "voice": torch.zeros(16000)}, "go together"),
+        ({"text": "a", "voice_text": "b"}, "go together"),
+        ({"text": ["a", "b", "c"], "voice": [torch.zeros(16000)] * 2, "voice_text": ["x", "y"]}, "2 recordings"),
+    ],
+)
+def test_requests_that_cannot_be_spoken(speaking, request_kwargs, message):
+    _, processor = speaking
+    with pytest.raises(ValueError, match=message):
+        processor.apply_speech_request(**request_kwargs)
+
+
+def test_bad_arguments_are_told(speaking, tokenizer):
+    model, processor = speaking
+    inputs = processor("Yes.")
+    for name, value in (("temperature", -1), ("max_seconds", 0), ("stop_threshold", 0), ("min_seconds", -1)):
+        with pytest.raises(ValueError, match=name):
+            model.generate(**inputs, **{name: value})
+    with pytest.raises(ValueError, match="no text to speak"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="sentence by sentence"):
+        model.generate(**processor("word " * 2000))
+    with pytest.raises(ValueError, match="at least 4 frames"):
+        model.generate(**inputs, voice_features=torch.zeros(1, 3, 80))
+    silent, _ = build_speaking(tokenizer, vocoder=False)
+    with pytest.raises(ValueError, match="no vocoder"):
+        silent.generate(**inputs, max_new_tokens=2)
+    assert silent.generate(**inputs, **free(max_new_tokens=2)).audio is None
+
+
+def test_padding_changes_neither_loss_nor_gradient(speaking, speech_clips):
+    model, processor = speaking
+    model = copy.deepcopy(model)
+    features = [
+        processor.feature_extractor(clip["array"], sampling_rate=16000, return_tensors="pt")["input_features"][0]
+        for clip in speech_clips[:2]
+    ]
+    short = min(range(2), key=lambda i: len(features[i]))
+    labels = torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=-100.0)
+    inputs = processor.apply_speech_request([clip["text"] for clip in speech_clips[:2]])
+    both = model(**inputs, labels=labels)
+    one = processor.apply_speech_request(speech_clips[short]["text"])
+    alone = model(**one, labels=features[short][None])
+    torch.testing.assert_close(
+        alone.spectrogram[0], both.spectrogram[short, : len(features[short])], rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="padded on the right"):
+        model(**inputs, labels=torch.full_like(labels, -100.0))
+    with pytest.raises(ValueError, match=r"\(batch, frames, 80\)"):
+        model(**inputs, labels=labels[..., :40])
+
+
+def test_the_stock_trainer_trains_it(speaking, speech_clips, tmp_path):
+    model, processor = speaking
+    model = copy.deepcopy(model)
+    examples = []
+    for clip in speech_clips[:4]:
+        features = processor.feature_extractor(clip["array"], sampling_rate=16000, return_tensors="pt")
+        ids = processor.apply_speech_request(clip["text"])["input_ids"][0]
+        examples.append({"input_ids": ids, "labels": features["input_features"][0]})
+
+    def collate(batch):
+        return {key: batch[0][key][None] for key in batch[0]}
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=12, per_device_train_batch_size=1, learning_rate=3e-3, logging_steps=1,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=examples, data_collator=collate)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0] and model.speech_head.num_updates == 24
+
+
+def test_one_checkpoint_for_both_directions(speaking, speech_clips, tmp_path, caplog):
+    model, processor = speaking
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        reads = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path).eval()
+        speaks = AutoModelForTextToWaveform.from_pretrained(tmp_path).eval()
+    assert not [record for record in caplog.records if "speech_head" in record.getMessage()]
+    assert isinstance(speaks, MelLLMForTextToSpeech)
+    audio = processor(audio=speech_clips[0]["array"])
+    assert torch.equal(reads.generate(**audio, max_new_tokens=5), speaks.generate(**audio, max_new_tokens=5))
+    inputs = processor("Yes.")
+    expected = model.generate(**inputs, **free(max_new_tokens=4)).audio[0]
+    assert_same_sound(speaks.generate(**inputs, **free(max_new_tokens=4)).audio[0], expected)
+    reads.save_pretrained(tmp_path / "reading")
+    with pytest.raises(ValueError, match="speech_config"):
+        config = mel_llm.MelLLMConfig.from_pretrained(tmp_path, speech_config=None)
+        MelLLMForTextToSpeech(config)
+
+
+def test_the_pipeline_speaks_in_a_fresh_process(speaking, tmp_path):
+    model, processor = speaking
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "speak.py").write_text(
+        "import mel_llm, numpy\nfrom transformers import pipeline\n"
+        "speaker = pipeline('text-to-speech', model='model')\n"
+        "output = speaker('Yes.', forward_params={'max_seconds': 0.4, 'stop_threshold': 1.0, 'seed': 1})\n"
+        "assert output['sampling_rate'] == 16000 and output['audio'].shape[-1] == 40 * 160, output['audio'].shape\n"
+        "assert numpy.isfinite(output['audio']).all()\nprint('spoken')\n"
+    )
+    result = run("speak.py", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert "spoken" in result.stdout, result.stderr
+    speaker = pipeline("text-to-speech", model=str(tmp_path / "model"))
+    several = speaker(["Yes.", "No."], forward_params={"max_seconds": 0.4, "stop_threshold": 1.0})
+    assert [output["audio"].shape[-1] for output in several] == [6400, 6400]

@@ -1,0 +1,235 @@
+"""Mel-LLM, writing side: text -> decoder-only language model -> mel patches -> waveform.
+
+One sequence: [text prompt] [begin] [patch 0] [patch 1] ... The state at "begin" predicts patch 0, the state at patch t
+predicts patch t + 1, and each state also says whether the speech is over. The paper (arXiv 2606.10231, §"TTS") states the
+objective and its weights; the layout of the sequence, the prompt and the guards of generation are ours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple, logging
+
+from .configuration_mel_llm import MelLLMConfig
+from .modeling_mel_llm import MelLLMForSpeechSeq2Seq
+from .speech_generation_mel_llm import MelLLMSpeechGenerationMixin
+from .speech_heads_mel_llm import MelLLMSpeechHead
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MelLLMSpeechOutput(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.Tensor` of shape `()`): The objective.
+        losses (`dict[str, torch.Tensor]`): Its terms, weighted, and `"mean_error"`; see [`MelLLMSpeechHead.loss`].
+        spectrogram (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`): Predicted under teacher forcing,
+            normalised.
+    """
+
+    loss: torch.Tensor | None = None
+    losses: dict | None = None
+    spectrogram: torch.Tensor | None = None
+
+
+class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq):
+    """Mel-LLM that speaks, and still reads: one backbone with a head over text and one over mel patches.
+
+    * `forward(input_ids, attention_mask, labels=spectrogram)`, the labels being log-mel frames `(batch, frames,
+      num_mel_bins)` padded with -100, trains it to speak; everything else is as for [`MelLLMForSpeechSeq2Seq`].
+    * `generate(input_ids)` speaks; with `input_features` it reads, as that class does.
+
+    A checkpoint of either class loads as the other: what is missing is initialised (with a warning), what is not needed
+    is passed over.
+    """
+
+    accepts_loss_kwargs = False  # the mean over frames is of each batch; the Trainer averages over accumulation steps
+    _keys_to_ignore_on_load_unexpected = None
+
+    def __init__(self, config: MelLLMConfig):
+        if config.speech_config is None:
+            raise ValueError(
+                "`config.speech_config` is None: this checkpoint only reads. To train it to speak, pass one, "
+                'e.g. `from_pretrained(..., speech_config=MelLLMSpeechConfig.from_preset("small"))`.'
+            )
+        super().__init__(config)
+        self.speech_head = MelLLMSpeechHead(config)
+        self.vocoder = None
+        if config.vocoder_config is not None:
+            from .vocoder_mel_llm import build_vocoder
+
+            self.vocoder = build_vocoder(config.vocoder_config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MelLLMSpeechHead):
+            init.normal_(module.begin, std=self.config.audio_config.initializer_range)
+            # The latent is the patch at first, and the post-net changes nothing
+            init.zeros_(module.residual[-1].weight)
+            init.zeros_(module.residual[-1].bias)
+            init.zeros_(module.num_updates)
+            if module.postnet is not None:
+                init.zeros_(module.postnet.convs[-1].weight)
+                init.zeros_(module.postnet.convs[-1].bias)
+
+    # --- history ----------------------------------------------------------------------------------------------------
+
+    def _embed_history(
+        self, frames: torch.Tensor, lengths: torch.Tensor | None, generator: list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Normalised frames `(B, T, F)` as tokens of the history `(B, M, D)`, with the dropout that is always on."""
+        return self._history_dropout(self._embed_history_tokens(frames, lengths), generator)
+
+    def _embed_history_tokens(self, frames: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        dtype = self.model.multi_modal_projector.linear_1.weight.dtype
+        embedder, head = self.model.audio_embedder, self.speech_head
+        r = self.config.audio_config.reduction_factor
+        if lengths is not None:
+            mask = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
+            frames = frames.masked_fill(~mask[..., None], 0.0)
+        frames = nn.functional.pad(frames, (0, 0, 0, -frames.shape[1] % r)).to(dtype)
+        if head.prenet is not None:
+            return head.prenet(frames.unflatten(1, (-1, r)).flatten(2))
+        if embedder.conv is not None:
+            hidden_states = embedder.conv(frames, lengths)
+        else:
+            hidden_states = frames.unflatten(1, (-1, r)).flatten(2)
+        return self.model.multi_modal_projector(hidden_states)
+
+    def _history_dropout(self, tokens: torch.Tensor, generators: list[torch.Generator] | None) -> torch.Tensor:
+        rate = self.config.speech_config.history_dropout
+        if rate == 0.0:
+            return tokens
+        if rate == 1.0:
+            return torch.zeros_like(tokens)
+        if generators is None:
+            kept = torch.rand(tokens.shape, device=tokens.device) >= rate
+        else:  # a row's dropout must not depend on its neighbours
+            rows = [torch.rand(tokens.shape[1:], generator=generator) for generator in generators]
+            kept = torch.stack(rows).to(tokens.device) >= rate
+        return tokens * kept / (1.0 - rate)
+
+    def normalize(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        """Log-mel frames `(..., num_mel_bins)` as the feature extractor makes them, to mean 0 and deviation 1."""
+        return self.model.audio_embedder.normalizer(spectrogram)
+
+    def denormalize(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`normalize`], float32."""
+        normalizer = self.model.audio_embedder.normalizer
+        return spectrogram.float() / normalizer.global_invstd.float() + normalizer.global_mean.float()
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ):
+        """As [`MelLLMForSpeechSeq2Seq.forward`]; with floating-point `labels`, teacher-forced speech.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, tokens)`): The text to speak; the prompt of the config is put
+                around it.
+            attention_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*): 0 for padding, on either side.
+            labels (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`): Its log-mel spectrogram, not normalised,
+                padded on the right with -100.
+
+        Returns:
+            [`MelLLMSpeechOutput`].
+
+        Raises:
+            ValueError: The labels have another shape, or none but padding in a row.
+        """
+        if labels is None or not labels.is_floating_point():
+            return super().forward(
+                input_ids=input_ids,
+                input_features=input_features,
+                input_features_mask=input_features_mask,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        if input_ids is None:
+            raise ValueError("A spectrogram as `labels` needs `input_ids`: the text that is spoken in it.")
+        mask = (labels != -100).all(-1)
+        lengths = mask.sum(-1)
+        self._check_spectrogram(labels, mask, lengths, len(input_ids))
+        target = self.normalize(labels.masked_fill(~mask[..., None], 0.0)).masked_fill(~mask[..., None], 0.0)
+        hidden_states = self._teacher_forced_states(input_ids, attention_mask, target, lengths)
+        losses, spectrogram = self.speech_head.loss(hidden_states, target, lengths)
+        return MelLLMSpeechOutput(
+            loss=losses["loss"],
+            losses={name: value.detach() for name, value in losses.items()},
+            spectrogram=spectrogram[:, : labels.shape[1]],
+        )
+
+    def _check_spectrogram(self, labels, mask, lengths, num_texts: int) -> None:
+        bins = self.config.audio_config.num_mel_bins
+        if labels.ndim != 3 or labels.shape[-1] != bins or len(labels) != num_texts:
+            raise ValueError(
+                f"`labels` must have the shape (batch, frames, {bins}) for {num_texts} texts, got {tuple(labels.shape)}."
+            )
+        if (lengths == 0).any() or not (
+            mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])
+        ).all():
+            raise ValueError("`labels` must have at least one frame a row, and be padded on the right with -100.")
+
+    def _teacher_forced_states(self, input_ids, attention_mask, target, lengths) -> torch.Tensor:
+        """States at "begin" and at each patch, `(B, M + 1, D)`."""
+        text, text_mask = self._speech_prompt(input_ids, attention_mask)
+        history = self._embed_history(target, lengths)
+        begin = self.speech_head.begin.to(history.dtype).expand(len(text), 1, -1)
+        embeds = self.get_input_embeddings()(text)
+        inputs_embeds = torch.cat([embeds, begin.to(embeds.dtype), history.to(embeds.dtype)], dim=1)
+        places = torch.arange(history.shape[1], device=text.device)
+        patch_mask = places < self.config.audio_config.num_audio_tokens(lengths)[:, None]
+        mask = torch.cat([text_mask, text_mask.new_ones(len(text), 1), patch_mask.to(text_mask.dtype)], dim=1)
+        outputs = self.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+        return outputs.last_hidden_state[:, text.shape[1] :]
+
+    def _speech_prompt(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """The text between the config's prompt ids, with its mask, `(B, L)`; padding stays where it was."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+
+        def column(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            block = torch.tensor(ids, dtype=torch.long, device=input_ids.device).expand(len(input_ids), -1)
+            return block, torch.ones_like(block)
+
+        prefix, prefix_mask = column(self.config.speech_prefix_ids)
+        suffix, suffix_mask = column(self.config.speech_suffix_ids)
+        ids = torch.cat([prefix, input_ids, suffix], dim=1)
+        return ids, torch.cat([prefix_mask, attention_mask.long(), suffix_mask], dim=1)
+
+
+__all__ = ["MelLLMForTextToSpeech", "MelLLMSpeechOutput"]

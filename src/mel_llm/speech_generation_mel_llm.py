@@ -1,0 +1,354 @@
+"""Speaking: the loop that writes mel patches, with its guards, and audio as it is made.
+
+The loop is not transformers' own, which chooses among tokens. Everything here is ours but the stop rule (sigmoid > 0.5,
+MELLE) and the dropout on the history, which stays on (paper).
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# A longest duration that fits any text: this, and a rate per token from the config
+_MAX_SECONDS_CONSTANT = 2.0
+# Speech that has been loud (mean level over bins above this, in deviations from the training data's mean) ...
+_LOUD_LEVEL = 0.0
+# ... is silent below this, and this much of a silence that was too long is kept
+_SILENT_LEVEL = -1.0
+_KEPT_SILENCE_SECONDS = 0.3
+
+
+@dataclass
+class MelLLMSpeechGenerationOutput(ModelOutput):
+    r"""
+    Args:
+        audio (`list[torch.Tensor]`): The waveform of each text, `(samples,)`, float32; None for a model without a
+            vocoder.
+        spectrogram (`list[torch.Tensor]`): Its log-mel frames, `(frames, num_mel_bins)`, in the feature extractor's
+            units.
+        stopped (`list[bool]`): Whether the model ended the speech by itself, and no guard did.
+    """
+
+    audio: list | None = None
+    spectrogram: list | None = None
+    stopped: list | None = None
+
+
+class MelLLMSpeechGenerationMixin:
+    """`generate` for a Mel-LLM that speaks; see [`MelLLMForTextToSpeech`]."""
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+        """Speaks `input_ids`; given audio, reads it as [`MelLLMForSpeechSeq2Seq.generate`] does.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, tokens)`): The text to speak, without any prompt.
+            attention_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*): 0 for padding.
+            voice_features (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`, *optional*): Log-mel frames of a
+                recording whose voice is to go on. `input_ids` must then begin with what is said in it, as
+                [`MelLLMProcessor.apply_speech_request`] writes them.
+            voice_features_mask (`torch.Tensor` of shape `(batch, frames)`, *optional*): 0 for padding on the right.
+            temperature (`float`, defaults to 1.0): Scales the variance of the latent; 0 takes the mean.
+            max_seconds, min_seconds (`float`, *optional*): Limits of the duration. By default the longest is 2 seconds
+                and one for each `config.speech_config.min_tokens_per_second` tokens, and the shortest that of a text
+                read at `config.max_text_tokens_per_second`.
+            max_new_tokens (`int`, *optional*): The most patches; 256 and more come from stock pipelines.
+            stop_threshold (`float`, defaults to 0.5): Probability of the end at which the speech ends.
+            seed (`int`, *optional*): Makes the speech of each text repeatable, in any batch.
+            streamer (*optional*): Gets the waveform of a single text piece by piece, `put((samples,))`, and `end()`.
+            return_dict_in_generate (`bool`, defaults to `False`): Return a [`MelLLMSpeechGenerationOutput`].
+
+        Returns:
+            Waveforms `(batch, samples)`, zero behind their ends; or the dict.
+
+        Raises:
+            ValueError: There is no text, the text or the voice is too long for the language model, or an argument is
+                out of range.
+        """
+        is_audio = isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
+        if is_audio or kwargs.get("input_features") is not None or kwargs.get("inputs_embeds") is not None:
+            return super().generate(inputs, generation_config, **kwargs)
+        config = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
+        options = _SpeechOptions.take(kwargs, config)
+        input_ids = kwargs.pop("input_ids") if inputs is None else inputs
+        attention_mask = kwargs.pop("attention_mask", None)
+        voice, voice_mask = kwargs.pop("voice_features", None), kwargs.pop("voice_features_mask", None)
+        self._check_text(input_ids, attention_mask)
+        if options.streamer is not None and len(input_ids) != 1:
+            raise ValueError(f"`streamer` takes one text at a time, got a batch of {len(input_ids)}.")
+        sink = None if options.streamer is None else SpeechStream(self, options.streamer)
+        frames, lengths, stopped = self._write_patches(input_ids, attention_mask, voice, voice_mask, options, sink)
+        if sink is not None:
+            sink.finish(int(lengths[0]))
+        spectrogram = self._finish_spectrogram(frames, lengths)
+        audio = None if self.vocoder is None else self._to_audio(spectrogram, lengths)
+        if options.return_dict:
+            rows = [row[: int(length)] for row, length in zip(spectrogram, lengths, strict=True)]
+            return MelLLMSpeechGenerationOutput(audio=audio, spectrogram=rows, stopped=stopped)
+        if audio is None:
+            raise ValueError(
+                "This model has no vocoder (`config.vocoder_config` is None), so it makes no waveform. Pass "
+                "`return_dict_in_generate=True` for the spectrogram."
+            )
+        return torch.nn.utils.rnn.pad_sequence(audio, batch_first=True)
+
+    def _check_text(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+        if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError("There is no text to speak: `input_ids` must be (batch, tokens) with at least one token.")
+        if attention_mask is not None and (attention_mask.sum(-1) == 0).any():
+            raise ValueError("There is no text to speak in one of the rows of `input_ids`.")
+
+    def _write_patches(self, input_ids, attention_mask, voice, voice_mask, options: "_SpeechOptions", sink):
+        """Frames `y'` `(B, T, F)`, normalised, how many of each row count, and whether the model ended it itself."""
+        speech, device = self.config.speech_config, self.device
+        input_ids = input_ids.to(device)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
+        text, mask = self._speech_prompt(input_ids, attention_mask)
+        batch_size, num_tokens = len(text), attention_mask.sum(-1)
+        patch_seconds = self.config.audio_config.reduction_factor / self.config.audio_config.frame_rate
+        generators = [torch.Generator().manual_seed(options.seed) for _ in range(batch_size)]
+
+        history, previous, num_voice = self._voice_history(voice, voice_mask, batch_size, generators)
+        begin = self.speech_head.begin.expand(batch_size, 1, -1)
+        embeds = self.get_input_embeddings()(text)
+        inputs_embeds = torch.cat([embeds, begin.to(embeds.dtype), history.to(embeds.dtype)], dim=1)
+        places = torch.arange(history.shape[1], device=device)
+        mask = torch.cat([mask, mask.new_ones(batch_size, 1), (places < num_voice[:, None]).to(mask.dtype)], dim=1)
+        least, most = options.patch_limits(num_tokens, num_voice, patch_seconds, self.config)
+        most = most.clamp(max=self._room(int(mask.sum(-1).max())))
+
+        cache = DynamicCache(config=self.config.text_config)
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        outputs = self.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        last = text.shape[1] + num_voice
+        hidden = outputs.last_hidden_state[torch.arange(batch_size, device=device), last]
+        position = position_ids.gather(1, last[:, None])
+
+        ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        by_itself = ended.clone()
+        lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        silence = _SilenceGuard(batch_size, speech.max_silence_seconds, patch_seconds, device)
+        patches: list[torch.Tensor] = []
+        latent_size = self.speech_head.reduction_factor * self.speech_head.num_mel_bins
+        random = self.speech_head.is_random and options.temperature > 0
+        for step in range(int(most.max())):
+            stop = torch.sigmoid(self.speech_head.stop(hidden)[:, 0].float()) > options.stop_threshold
+            stop &= (step >= least) & ~ended
+            by_itself |= stop
+            ended |= stop | (step >= most)
+            if ended.all():
+                break
+            noise = None
+            if random:
+                noise = torch.stack([torch.randn(latent_size, generator=generator) for generator in generators])
+                noise = noise.to(device)
+            patch = self.speech_head.sample(hidden, noise, options.temperature).float()
+            patches.append(patch)
+            lengths += (~ended).long()
+            ended |= silence.is_over(patch, ended)
+            if sink is not None and not ended[0]:
+                sink.put(patch[0])
+            if ended.all() or step + 1 == int(most.max()):
+                break
+            token = self._embed_patch(patch, previous, generators)
+            previous = patch
+            position = position + 1
+            mask = torch.cat([mask, mask.new_ones(batch_size, 1)], dim=1)
+            outputs = self.model.language_model(
+                inputs_embeds=token.to(embeds.dtype),
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden = outputs.last_hidden_state[:, -1]
+        r = self.config.audio_config.reduction_factor
+        lengths = (lengths - silence.surplus()).clamp(min=1) * r
+        frames = torch.stack(patches, dim=1).flatten(1, 2)
+        return frames[:, : int(lengths.max())], lengths, by_itself.tolist()
+
+    def _room(self, num_tokens: int) -> int:
+        """How many patches the language model has positions for."""
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is None:
+            return 1 << 30
+        if num_tokens >= limit:
+            raise ValueError(
+                f"Text and voice have {num_tokens} tokens, but the language model was made for {limit}. Speak it "
+                "sentence by sentence."
+            )
+        return limit - num_tokens
+
+    def _voice_history(self, voice, voice_mask, batch_size: int, generators):
+        """Tokens of the voice prompt, its last patch for the stem's context, and how many tokens each row has."""
+        if voice is None:
+            empty = self.speech_head.begin.new_zeros(batch_size, 0, self.config.text_config.hidden_size)
+            return empty, None, torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        voice, voice_mask = self.model._check_features(voice.to(self.device), voice_mask)
+        r = self.config.audio_config.reduction_factor
+        num_frames = torch.full((len(voice),), voice.shape[1]) if voice_mask is None else voice_mask.sum(-1)
+        num_patches = num_frames.to(self.device) // r  # whole patches only: what follows must not begin inside one
+        if len(voice) != batch_size or (num_patches == 0).any():
+            raise ValueError(
+                f"`voice_features` must have a row for each of {batch_size} texts, with at least {r} frames in each, got "
+                f"{tuple(voice.shape)}."
+            )
+        frames = self.normalize(voice)
+        history = self._embed_history(frames, num_patches * r, generators)[:, : int(num_patches.max())]
+        patches = frames[:, : history.shape[1] * r].unflatten(1, (-1, r))
+        previous = patches[torch.arange(batch_size, device=self.device), num_patches - 1]
+        return history, previous, num_patches
+
+    def _embed_patch(self, patch: torch.Tensor, previous: torch.Tensor | None, generators) -> torch.Tensor:
+        """The newest patch `(B, r, F)` as a token `(B, 1, D)`. Shared with the reading side, the stem looks back into
+        the patch before."""
+        frames = (
+            patch if previous is None or self.speech_head.prenet is not None else torch.cat([previous, patch], dim=1)
+        )
+        dropout_free = self._embed_history_tokens(frames, None)[:, -1:]
+        return self._history_dropout(dropout_free, generators)
+
+    def _finish_spectrogram(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Post-net and de-normalisation: `(B, T, F)`, normalised, to log-mel."""
+        mask = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
+        dtype = self.speech_head.stop.weight.dtype
+        return self.denormalize(self.speech_head.refine(frames.to(dtype), mask))
+
+    def _to_audio(self, spectrogram: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+        audio = self.vocoder(spectrogram, lengths).float()
+        hop = self.config.audio_config.hop_length
+        return [row[: int(length) * hop] for row, length in zip(audio, lengths, strict=True)]
+
+
+@dataclass
+class _SpeechOptions:
+    """The arguments of `generate` that are about speech, checked."""
+
+    temperature: float = 1.0
+    max_seconds: float | None = None
+    min_seconds: float | None = None
+    max_patches: int | None = None
+    stop_threshold: float = 0.5
+    seed: int = 0
+    streamer: object = None
+    return_dict: bool = False
+
+    @classmethod
+    def take(cls, kwargs: dict, generation_config) -> "_SpeechOptions":
+        temperature = kwargs.pop("temperature", None)
+        seed = kwargs.pop("seed", None)
+        max_patches = kwargs.pop("max_new_tokens", None)
+        options = cls(
+            temperature=1.0 if temperature is None else float(temperature),
+            max_seconds=kwargs.pop("max_seconds", None),
+            min_seconds=kwargs.pop("min_seconds", None),
+            max_patches=generation_config.max_new_tokens if max_patches is None else max_patches,
+            stop_threshold=kwargs.pop("stop_threshold", 0.5),
+            seed=int(torch.randint(1 << 62, ())) if seed is None else int(seed),
+            streamer=kwargs.pop("streamer", None),
+            return_dict=bool(kwargs.pop("return_dict_in_generate", False)),
+        )
+        if not options.temperature >= 0:
+            raise ValueError(f"`temperature` must be at least 0, got {temperature}.")
+        for name in ("max_seconds", "min_seconds"):
+            value = getattr(options, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be more than 0 seconds, got {value}.")
+        if not 0.0 < options.stop_threshold <= 1.0:
+            raise ValueError(f"`stop_threshold` must be more than 0 and at most 1, got {options.stop_threshold}.")
+        return options
+
+    def patch_limits(self, num_tokens, num_voice, patch_seconds: float, config) -> tuple[torch.Tensor, torch.Tensor]:
+        """The fewest and the most patches of each row. Tokens that are said in the voice prompt are not to be spoken,
+        but how many they are is not known here; they only make the limits wider."""
+        most = _MAX_SECONDS_CONSTANT + num_tokens / config.speech_config.min_tokens_per_second
+        least = num_tokens / max(config.max_text_tokens_per_second, 1e-3) * (num_voice == 0)
+        if self.max_seconds is not None:
+            most = torch.full_like(most, self.max_seconds)
+        if self.min_seconds is not None:
+            least = torch.full_like(most, self.min_seconds)
+        most = (most / patch_seconds).ceil().long().clamp(min=1)
+        if self.max_patches is not None:
+            most = most.clamp(max=self.max_patches)
+        return torch.minimum((least / patch_seconds).floor().long(), most), most
+
+
+class _SilenceGuard:
+    """Ends speech that has fallen silent: a Gaussian around a silent frame finds no way out of the silence."""
+
+    def __init__(self, batch_size: int, max_seconds: float, patch_seconds: float, device):
+        self.limit = max(1, round(max_seconds / patch_seconds))
+        self.kept = round(_KEPT_SILENCE_SECONDS / patch_seconds)
+        self.spoken = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.silent = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.ended = self.spoken.clone()
+
+    def is_over(self, patch: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+        level = patch.mean(dim=(1, 2))
+        self.spoken |= level > _LOUD_LEVEL
+        silent = torch.where(level < _SILENT_LEVEL, self.silent + 1, 0)
+        self.silent = torch.where(ended, self.silent, silent)
+        over = ~ended & self.spoken & (self.silent >= self.limit)
+        self.ended |= over
+        return over
+
+    def surplus(self) -> torch.Tensor:
+        """Patches of silence to be cut from each row."""
+        return torch.where(self.ended, self.silent - self.kept, 0).clamp(min=0)
+
+
+class SpeechStream:
+    """Frames to audio as they are written: post-net and vocoder with just the context that each needs."""
+
+    def __init__(self, model, streamer):
+        if model.vocoder is None:
+            raise ValueError("`streamer` needs a vocoder, and `config.vocoder_config` is None.")
+        self.model, self.streamer = model, streamer
+        self.vocoder = model.vocoder.stream()
+        self.context = model.speech_head.context
+        self.held: torch.Tensor | None = None  # frames that later ones still need, or that still need later ones
+        self.num_dropped = 0  # frames before `held`
+        self.num_done = 0  # frames that went to the vocoder
+
+    def put(self, patch: torch.Tensor) -> None:
+        """One patch, `(r, F)`, normalised."""
+        self.held = patch if self.held is None else torch.cat([self.held, patch])
+        self._send(self.num_dropped + len(self.held) - self.context)
+
+    def finish(self, num_frames: int) -> None:
+        """The speech has `num_frames` in all."""
+        if self.held is not None:
+            self.held = self.held[: num_frames - self.num_dropped]
+            self._send(num_frames)
+        self._put_audio(self.vocoder.finish())
+        self.streamer.end()
+
+    def _send(self, stop: int) -> None:
+        if stop <= self.num_done:
+            return
+        dtype = self.model.speech_head.stop.weight.dtype
+        refined = self.model.speech_head.refine(self.held[None].to(dtype))[0]
+        fresh = refined[self.num_done - self.num_dropped : stop - self.num_dropped]
+        self._put_audio(self.vocoder.push(self.model.denormalize(fresh)))
+        self.num_done = stop
+        surplus = max(0, self.num_done - self.context - self.num_dropped)
+        self.held, self.num_dropped = self.held[surplus:], self.num_dropped + surplus
+
+    def _put_audio(self, samples: torch.Tensor) -> None:
+        if len(samples):
+            self.streamer.put(samples.float().cpu())
+
+
+__all__ = ["MelLLMSpeechGenerationMixin", "MelLLMSpeechGenerationOutput", "SpeechStream"]
