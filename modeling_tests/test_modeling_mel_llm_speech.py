@@ -1,10 +1,11 @@
 """Speaking: what training sees is what generation does, alone and in batches, whole and as a stream."""
 
 import copy
+import json
 
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import ROOT, build_tiny
 from test_registration import run
 from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, Trainer, TrainingArguments, pipeline
 
@@ -273,3 +274,16 @@ def test_the_pipeline_speaks_in_a_fresh_process(speaking, tmp_path):
     speaker = pipeline("text-to-speech", model=str(tmp_path / "model"))
     several = speaker(["Yes.", "No."], forward_params={"max_seconds": 0.4, "stop_threshold": 1.0})
     assert [output["audio"].shape[-1] for output in several] == [6400, 6400]
+
+
+@pytest.mark.slow
+def test_eight_recordings_are_learnt_and_spoken(tmp_path):
+    """The whole objective on real speech: free-running, it stays on the mel, and it stops."""
+    script = str(ROOT / "scripts" / "demo_tts.py")
+    result = run(script, "--output_dir", str(tmp_path), "--steps", "400", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for clip in figures["temperature 0"]["clips"]:
+        assert clip["mel_l1"] < 0.1 and clip["stopped"]
+        assert abs(clip["frames"] - clip["real_frames"]) <= max(8, 0.15 * clip["real_frames"])
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == [f"{i}.wav" for i in range(8)]

@@ -237,6 +237,8 @@ def test_a_file_of_arguments(script, folder, tmp_path):
         (["--lora", "huge"], "`preset` must be one of"),
         (["--freeze", "nothing_like_this"], "no parameter's name matches"),
         (["--freeze", "."], "nothing is left to train"),
+        (["--freeze", "("], "not a regular expression"),
+        (["--text_config", '{"hiden_size": 8}'], "no field hiden_size"),
         (["--eval_strategy", "epoch"], "needs --eval_data"),
         (["--dtype", "int8"], "--dtype must be"),
         (["--speed_factors", "9"], "0.5 to 2"),
@@ -261,3 +263,57 @@ def test_user_errors_have_no_traceback(folder, tmp_path):
     process = launch(SCRIPT, *words("./nowhere", tmp_path / "run"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "train.py: There is no folder" in output and "Traceback" not in output
+
+
+def test_merging_later_leaves_no_adapter_behind(script, folder, tiny_folder, tmp_path):
+    """A stale adapter would be loaded on top of the merged weights."""
+    output = tmp_path / "run"
+    more = ["--model_name_or_path", tiny_folder, "--lora", "small"]
+    train(script, *words(folder, output, *more, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"))
+    assert (output / "adapter_config.json").is_file()
+    (output / "notes.txt").write_text("mine")
+    train(script, *words(folder, output, *more, "--max_steps", "2", "--merge_lora"))
+    assert not list(output.glob("adapter*")) and (output / "model.safetensors").is_file()
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_goes_on_in_its_own_way(script, folder, tiny_folder, tmp_path):
+    whole, lora = tmp_path / "whole", tmp_path / "lora"
+    model = ["--model_name_or_path", tiny_folder, "--save_strategy", "steps", "--save_steps", "1"]
+    train(script, *words(folder, whole, *model, "--max_steps", "1"))
+    train(script, *words(folder, lora, *model, "--max_steps", "1", "--lora", "small"))
+    for output, more, message in (
+        (whole, ["--lora", "small"], "a whole model"),
+        (lora, [], "adapters"),
+        (lora, ["--lora", "small", "--lora_r", "4"], "rank 16, not 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.prepare(words(folder, output, *model, "--max_steps", "3", *more))
+
+
+def test_nothing_trained_is_nothing_saved(script, folder, tmp_path):
+    output = tmp_path / "run"
+    more = ["--per_device_train_batch_size", "64", "--dataloader_drop_last", "--max_steps", "2"]
+    with pytest.raises(SystemExit, match="not one step"):
+        train(script, *words(folder, output, *SCRATCH, *more))
+    assert not (output / "model.safetensors").exists()
+
+
+def test_the_best_error_rate_is_the_lowest(script, folder, tmp_path):
+    arguments = words(folder, tmp_path, "--metric_for_best_model", "wer")
+    assert script.parse_arguments(arguments)[2].greater_is_better is False
+    assert script.arguments_of({"save_strategy": False, "eval_data": []}) == ["--save_strategy", "no"]
+    with pytest.raises(SystemExit):
+        script.parse_arguments(words(folder, tmp_path, "--merge_lora"))
+
+
+def test_a_folder_called_base_is_not_overwritten(script, folder, tokenizer, tmp_path):
+    base = tmp_path / "text-model"
+    AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "run" / "base").mkdir(parents=True)
+    (tmp_path / "run" / "base" / "config.json").write_text("precious")
+    audio = ["--audio_config", json.dumps(TINY_AUDIO)]
+    with pytest.raises(FileExistsError, match="something else"):
+        script.prepare(words(folder, tmp_path / "run", "--model_name_or_path", str(base), "--lora", "small", *audio))
+    assert (tmp_path / "run" / "base" / "config.json").read_text() == "precious"

@@ -68,7 +68,7 @@ def test_a_source_that_is_written_wrong_is_told(spec, message):
 
 def test_an_audiofolder(folder, speech_clips):
     train = load_source(SpeechSource(str(folder)))
-    assert train.column_names == ["audio", "text", "duration", "origin"]
+    assert train.column_names == ["audio", "text", "duration", "offset", "origin"]
     assert train["text"][:] == [clip["text"] for clip in speech_clips[:6]]
     assert train[0]["origin"] == train[0]["audio"]["path"] == str(folder / "train" / "00.wav")
     assert len(load_source(SpeechSource(str(folder)), split="validation")) == 2
@@ -310,3 +310,56 @@ def test_sources_are_mixed_by_weight():
     assert len(seen) == 900  # the second epoch goes on where the first left off
     with pytest.raises(ValueError, match="one positive number for each"):
         SpeechSampler([1.0] * 10, sizes=[5, 5], weights=[1])
+
+
+# --- what users bring -----------------------------------------------------------------------------------------------
+
+
+def test_metadata_that_would_be_misread_is_told(folder):
+    path = folder / "train" / "metadata.csv"
+    path.write_text("file_name,text\n00.wav,plain\n01.wav,hello there, my dear, friend\n")
+    with pytest.raises(ValueError, match="line 3: more cells than columns"):
+        load_source(SpeechSource(str(folder)))
+    path.write_bytes("file_name,text\n00.wav,Größe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metadata\.csv is not written in UTF-8"):
+        load_source(SpeechSource(str(folder)))
+    path.unlink()
+    (folder / "train" / "metadata.tsv").write_text('file_name\ttext\n00.wav\t"Hello he said\n01.wav\tTwo.\n')
+    assert load_source(SpeechSource(str(folder)))["text"][:] == ['"Hello he said', "Two."]
+
+
+def test_parts_of_a_file_and_lengths_that_are_no_numbers(folder, tokenizer, tmp_path):
+    manifest = tmp_path / "parts.jsonl"
+    rows = [
+        {"audio_filepath": "speech/train/00.wav", "text": "part", "offset": 0.25, "duration": 0.5},
+        {"audio_filepath": "speech/train/00.wav", "text": "all", "duration": float("nan")},
+        {"audio_filepath": "speech/train/00.wav", "text": 7},
+        {"audio_filepath": "speech/train/00.wav", "text": "no length", "offset": 0.25},
+    ]
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    kept, lengths, report = select_clips(load_source(SpeechSource(str(manifest))), tokenizer)
+    assert lengths[0] == 0.5 and lengths[1] == lengths[2] > 1 and len(kept) == 3
+    assert "needs a `duration`" in report.unreadable[0]
+    dataset = SpeechDataset(kept)
+    whole = dataset[1]["audio"]
+    assert np.allclose(dataset[0]["audio"], whole[4000:12000], atol=1e-6) and dataset[2]["text"] == "7"
+
+
+def test_arrays_and_parquet(folder, speech_clips, tmp_path):
+    from datasets import Dataset
+
+    audio = [{"array": clip["array"], "sampling_rate": 16000, "path": None} for clip in speech_clips[:2]]
+    in_memory = Dataset.from_dict({"audio": audio, "text": ["One.", "Two."]})
+    in_memory.save_to_disk(tmp_path / "arrays")
+    files = {path.name for path in (tmp_path / "arrays").iterdir()}
+    loaded = SpeechDataset(load_source(SpeechSource(str(tmp_path / "arrays"))))
+    assert np.allclose(loaded[1]["audio"], speech_clips[1]["array"], atol=1e-6)
+    assert {path.name for path in (tmp_path / "arrays").iterdir()} == files  # nothing is left in the user's folder
+
+    with open(speech_clips[0]["path"], "rb") as file:
+        content = file.read()
+    (tmp_path / "hub").mkdir()
+    rows = {"audio": [{"bytes": content, "path": "a.flac"}], "text": ["One."]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    for place in (tmp_path / "hub", tmp_path / "hub" / "train-00000-of-00001.parquet"):
+        assert np.allclose(SpeechDataset(load_source(SpeechSource(str(place))))[0]["audio"], speech_clips[0]["array"])

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ from mel_llm import MelLLMAudioConfig, MelLLMConfig
 from mel_llm.conversion import from_text_llm
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.training import (
+    LORA_PRESETS,
     SpecAugment,
     SpeechDataset,
     SpeechSampler,
@@ -72,11 +74,20 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
         (ModelArguments, DataArguments, SpeechTrainingArguments), description=__doc__.splitlines()[0]
     )
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
+        try:
+            values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{argv[0]} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{argv[0]} must hold arguments by name, got a {type(values).__name__}.")
         argv = [*arguments_of(values), *argv[1:]]
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     if training_args.output_dir is None:
         parser.error("--output_dir is needed: the folder for checkpoints and the trained model.")
+    if model_args.lora is None:
+        for name in ("merge_lora", "lora_r", "lora_alpha", "lora_dropout"):
+            if getattr(model_args, name):
+                parser.error(f"--{name} needs --lora.")
     if not data_args.train_data:
         parser.error("--train_data is needed: a folder, a manifest or a dataset of the Hub; several can be mixed.")
     return model_args, data_args, training_args
@@ -86,8 +97,10 @@ def arguments_of(values: dict) -> list[str]:
     """The entries of a file as words of a command line."""
     words = []
     for key, value in values.items():
-        if value is None:
+        if value is None or value == []:
             continue
+        if value is False and key.endswith("_strategy"):  # YAML reads `no` as false
+            value = "no"
         items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         words += [f"--{key}", *map(str, items)]
     return words
@@ -164,6 +177,10 @@ def load_or_build(model_args: ModelArguments, texts):
     text_fields = json_fields("text_config", model_args.text_config)
     name = model_args.model_name_or_path
     if name is None:
+        model_type = text_fields.get("model_type", "llama")
+        unknown = text_fields.keys() - {*AutoConfig.for_model(model_type).to_dict(), "model_type"}
+        if unknown:
+            raise ValueError(f"--text_config: the config of {model_type!r} has no field {', '.join(sorted(unknown))}.")
         tokenizer = train_tokenizer(texts(), vocab_size=model_args.vocab_size)
         config = MelLLMConfig.from_preset(
             "small", vocab_size=len(tokenizer), text_config=text_fields, audio_config=audio_fields
@@ -214,6 +231,13 @@ def set_statistics(model, processor, examples, num_clips: int) -> None:
     model.model.set_feature_statistics(*compute_feature_statistics(features))
 
 
+def finished_config_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError):
+        return MelLLMConfig.model_type if not any(folder.iterdir()) else None
+
+
 def add_lora(model, processor, model_args: ModelArguments, training_args, is_new: bool):
     """The model with adapters. They need a Mel-LLM to be adapters of; for a new one that is saved beside them."""
     from peft import get_peft_model
@@ -221,6 +245,10 @@ def add_lora(model, processor, model_args: ModelArguments, training_args, is_new
     name = model.name_or_path
     if is_new:
         name = Path(training_args.output_dir) / "base"
+        if name.exists() and finished_config_type(name) != MelLLMConfig.model_type:
+            raise FileExistsError(
+                f"{name}, where the untrained model goes, is something else. Choose another --output_dir."
+            )
         if training_args.should_save:
             model.save_pretrained(name)
             processor.save_pretrained(name)
@@ -242,12 +270,33 @@ class Run:
     processor: mel_llm.MelLLMProcessor
     checkpoint: str | None
     merge_lora: bool
+    length: dict
     reports: dict[str, dict]
     stream_counts: torch.Tensor | None
 
 
-def length_of(training_args: SpeechTrainingArguments) -> dict:
-    return {"num_train_epochs": training_args.num_train_epochs, "max_steps": training_args.max_steps}
+def length_of(training_args: SpeechTrainingArguments, model_args: ModelArguments) -> dict:
+    return {
+        "num_train_epochs": training_args.num_train_epochs,
+        "max_steps": training_args.max_steps,
+        "lora": model_args.lora,
+        "merge_lora": model_args.merge_lora,
+    }
+
+
+def check_checkpoint(checkpoint: str, model_args: ModelArguments) -> None:
+    """Refuses to go on with a LoRA run without adapters of the same kind, and the other way round."""
+    path = Path(checkpoint) / "adapter_config.json"
+    if path.is_file() != (model_args.lora is not None):
+        kind = "adapters (--lora)" if path.is_file() else "a whole model"
+        raise ValueError(
+            f"{checkpoint} is of a run that trained {kind}. Go on in its way, or choose another --output_dir."
+        )
+    if model_args.lora is not None:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        asked = {"r": model_args.lora_r or LORA_PRESETS.get(model_args.lora, {}).get("r")}
+        if before["r"] != asked["r"]:
+            raise ValueError(f"{checkpoint} has adapters of rank {before['r']}, not {asked['r']}.")
 
 
 def finished_length(folder: str) -> dict | None:
@@ -264,14 +313,17 @@ def prepare(argv: list[str]) -> Run | None:
     logging.basicConfig(
         format="%(message)s", stream=sys.stderr, level=logging.INFO if training_args.should_save else logging.WARNING
     )
-    checkpoint = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
-    if finished_length(training_args.output_dir) == length_of(training_args):
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None or checkpoint.lower() in ("true", "1"):
+        checkpoint = last_checkpoint(training_args.output_dir)
+    if finished_length(training_args.output_dir) == length_of(training_args, model_args):
         logger.info(
             f"{training_args.output_dir} is trained already. Ask for more --num_train_epochs or --max_steps to go on, or "
             "choose another --output_dir."
         )
         return None
     if checkpoint is not None:
+        check_checkpoint(checkpoint, model_args)
         logger.info(f"Going on from {checkpoint}.")
     elif any((Path(training_args.output_dir) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileExistsError(
@@ -348,6 +400,9 @@ def prepare(argv: list[str]) -> Run | None:
         spec_augment=SpecAugment() if data_args.spec_augment else None,
         features_later=data_args.features_on_device,
     )
+    compute_metrics = None  # without generation there are no transcripts to compare
+    if eval_sources and training_args.predict_with_generate:
+        compute_metrics = make_compute_metrics(processor, data_args.wer_normalizer)
     trainer = SpeechTrainer(
         model,
         training_args,
@@ -355,10 +410,11 @@ def prepare(argv: list[str]) -> Run | None:
         eval_dataset=eval_set,
         data_collator=collator,
         processing_class=processor,
-        compute_metrics=make_compute_metrics(processor, data_args.wer_normalizer) if eval_sources else None,
+        compute_metrics=compute_metrics,
         train_sampler=sampler,
     )
-    return Run(trainer, processor, checkpoint, model_args.merge_lora, reports, counts)
+    length = length_of(training_args, model_args)
+    return Run(trainer, processor, checkpoint, model_args.merge_lora, length, reports, counts)
 
 
 def transcripts(datasets_: list):
@@ -370,6 +426,11 @@ def transcripts(datasets_: list):
 def train(run: Run) -> None:
     trainer, folder = run.trainer, run.trainer.args.output_dir
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+    if trainer.state.global_step == 0:
+        sys.exit(
+            "train.py: not one step was trained, so nothing is saved: fewer clips than a batch (--dataloader_drop_last), or "
+            "a stream without a clip that can be read."
+        )
     if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}
     parameters = count_parameters(trainer.model)
@@ -390,9 +451,11 @@ def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
     else:
         skipped = {"unreadable": train_set.num_bad_clips, "names": train_set.bad_clips()[:100]}
     if skipped["unreadable"]:
-        logger.warning(f"{skipped['unreadable']} clips could not be read while training and were left out.")
+        logger.warning(
+            f"{skipped['unreadable']} clips could not be read while training (in all passes) and were left out."
+        )
     summary = {
-        "length": length_of(run.trainer.args),
+        "length": run.length,
         "metrics": metrics,
         "data": run.reports,
         "skipped_in_training": skipped,
@@ -413,7 +476,13 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # said at every start on a machine without a GPU
     try:
         run = prepare(sys.argv[1:])
-    except (OSError, ValueError, ImportError) as error:  # what the user can mend; what comes later keeps its traceback
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:  # what the user can mend; what comes later keeps its traceback
         if os.environ.get("MEL_LLM_DEBUG"):
             raise
         sys.exit(f"train.py: {error}")

@@ -158,6 +158,12 @@ def _check_output(inputs: list[_Input], formats: list[str], timestamps: bool, ou
         return
     if output_dir.exists() and not output_dir.is_dir():
         _fail(f"--output-dir {output_dir} is no folder.")
+    try:  # a night's work must not end at the first file that cannot be written
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        _fail(f"--output-dir {output_dir} cannot be written to: {error}")
     sources = {os.path.realpath(entry.name) for entry in inputs}
     taken: dict[Path, str] = {}
     for entry in inputs:

@@ -177,7 +177,7 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
         mask = (labels != -100).all(-1)
         lengths = mask.sum(-1)
         self._check_spectrogram(labels, mask, lengths, len(input_ids))
-        target = self.normalize(labels.masked_fill(~mask[..., None], 0.0)).masked_fill(~mask[..., None], 0.0)
+        target, lengths = self._whole_patches(self.normalize(labels), lengths)
         hidden_states = self._teacher_forced_states(input_ids, attention_mask, target, lengths)
         losses, spectrogram = self.speech_head.loss(hidden_states, target, lengths)
         return MelLLMSpeechOutput(
@@ -185,6 +185,20 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
             losses={name: value.detach() for name, value in losses.items()},
             spectrogram=spectrogram[:, : labels.shape[1]],
         )
+
+    def _whole_patches(self, frames: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each clip up to the end of its last patch, by its last frame again and again, and zeros beyond (ours).
+
+        Generation writes whole patches; a last patch that was partly empty in training would be another than those
+        that it sees there, and the end would be missed.
+        """
+        r = self.config.audio_config.reduction_factor
+        size = -(-frames.shape[1] // r) * r
+        places = torch.arange(size, device=frames.device).expand(len(frames), -1)
+        index = torch.minimum(places, lengths[:, None] - 1)
+        frames = frames.gather(1, index[..., None].expand(-1, -1, frames.shape[-1]))
+        lengths = (lengths + r - 1) // r * r
+        return frames.masked_fill((places >= lengths[:, None])[..., None], 0.0), lengths
 
     def _check_spectrogram(self, labels, mask, lengths, num_texts: int) -> None:
         bins = self.config.audio_config.num_mel_bins

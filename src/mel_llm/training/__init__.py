@@ -3,7 +3,7 @@
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import TranscriptionCollator
 from .dataset import SpeechDataset, stream_examples
-from .lora import count_parameters, freeze, lora_config
+from .lora import LORA_PRESETS, count_parameters, freeze, lora_config
 from .report import DataReport, select_clips
 from .sampler import SpeechSampler
 from .sources import SpeechSource, load_source
@@ -13,6 +13,7 @@ from .trainer import SpeechTrainer, last_checkpoint, save_whole
 
 
 __all__ = [
+    "LORA_PRESETS",
     "DataReport",
     "SpecAugment",
     "SpeechDataset",

@@ -105,5 +105,12 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode audio."})
 
+    def __post_init__(self):
+        # transformers takes every metric but a loss for one of which more is better
+        error_rates = ("wer", "cer", "eval_wer", "eval_cer")
+        if self.greater_is_better is None and self.metric_for_best_model in error_rates:
+            self.greater_is_better = False
+        super().__post_init__()
+
 
 __all__ = ["DataArguments", "ModelArguments", "SpeechTrainingArguments"]

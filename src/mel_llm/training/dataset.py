@@ -1,5 +1,6 @@
 """Speech for the Trainer: decoded by soundfile when it is needed, bad clips skipped, reported and counted."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers.utils import logging
 
 from ..audio_utils_mel_llm import load_audio
 from .augmentation import SpeedPerturbation, example_seed
+from .sources import COLUMNS
 
 
 logger = logging.get_logger(__name__)
@@ -17,6 +19,13 @@ logger = logging.get_logger(__name__)
 CLIP_ERRORS = (OSError, ValueError, TypeError, RuntimeError)
 
 _MAX_BAD_IN_A_ROW = 100
+
+
+def load_clip(audio: dict, sampling_rate: int, offset: float | None, duration: float | None) -> np.ndarray:
+    """A whole file; or, where there is an `offset`, the part of it from there on that is `duration` seconds long."""
+    if offset is None:
+        return load_audio(audio, sampling_rate=sampling_rate)
+    return load_audio(audio, sampling_rate=sampling_rate, offset=offset, duration=duration)
 
 
 class SpeechDataset(torch.utils.data.Dataset):
@@ -73,7 +82,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         )
 
     def _example(self, row: dict[str, Any], epoch: int | None, index: int) -> dict[str, Any]:
-        audio = load_audio(row["audio"], sampling_rate=self.sampling_rate)
+        audio = load_clip(row["audio"], self.sampling_rate, row.get("offset"), row.get("duration"))
         example = {"audio": audio, "text": row["text"]}
         if epoch is not None:
             example["augment_seed"] = example_seed(self.seed, epoch, index)
@@ -99,14 +108,15 @@ class _DecodeStream:
         self.min_samples, self.max_samples = min_seconds * sampling_rate, max_seconds * sampling_rate
         self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # unreadable, outside the limits
 
-    def __call__(self, rows: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         examples: dict[str, list] = {"audio": [], "text": [], "augment_seed": []}
-        for audio, text, origin, index in zip(rows["audio"], rows["text"], rows["origin"], indices, strict=True):
+        columns = (rows[name] for name in ("audio", "text", "origin", "offset", "duration"))
+        for audio, text, origin, offset, duration in zip(*columns, strict=True):
             if not text:
                 self.counts[1] += 1
                 continue
             try:
-                waveform = load_audio(audio, sampling_rate=self.sampling_rate)
+                waveform = load_clip(audio, self.sampling_rate, offset, duration)
             except CLIP_ERRORS as error:
                 self.counts[0] += 1
                 logger.warning(f"Skipped a clip that cannot be read: {origin}: {error}")
@@ -114,7 +124,8 @@ class _DecodeStream:
             if not self.min_samples <= len(waveform) <= self.max_samples:
                 self.counts[1] += 1
                 continue
-            seed = example_seed(self.seed, 0, index)
+            # By content: the place in a stream depends on the worker that reads it
+            seed = example_seed(self.seed, 0, zlib.crc32(f"{origin}\0{text}".encode()))
             if self.speed is not None:
                 waveform = self.speed(waveform, self.sampling_rate, seed)
             examples["audio"].append(np.asarray(waveform, dtype=np.float32))
@@ -151,8 +162,7 @@ def stream_examples(
         decode,
         batched=True,
         batch_size=1,
-        with_indices=True,
-        remove_columns=["audio", "text", "duration", "origin"],
+        remove_columns=list(COLUMNS),
         features=None,
     )
     return stream, decode.counts

@@ -1,5 +1,7 @@
 """LoRA presets: which layers of the language model get adapters, and what must be saved with them."""
 
+import re
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -81,9 +83,11 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     Raises:
         ValueError: A pattern matches nothing, or nothing is left to train.
     """
-    import re
-
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`freeze`: {pattern!r} is not a regular expression: {error}") from None
         matched = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
         if not matched:
             raise ValueError(f"`freeze`: no parameter's name matches {pattern!r}.")

@@ -65,6 +65,8 @@ def clip_duration(row: dict[str, Any]) -> float:
         raise FileNotFoundError("there is no such file")
     if row.get("duration"):
         return float(row["duration"])
+    if row.get("offset"):
+        raise ValueError("a clip with an `offset` into its file needs a `duration` too")
     import soundfile
 
     try:

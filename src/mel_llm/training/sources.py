@@ -1,19 +1,24 @@
 """Where speech with transcripts comes from: local folders, manifests, datasets of the Hub.
 
 Everything becomes a dataset of `datasets` with the columns `audio` (path and/or bytes, never decoded here), `text`,
-`duration` (seconds, or None where nobody wrote it down) and `origin`, the name that messages give the clip. Local files
+`duration` (seconds, or None where nobody wrote it down), `offset` (seconds into the file, where the clip is a part of one;
+else None) and `origin`, the name that messages give the clip. Local files
 are listed by this module because `load_dataset("audiofolder")` needs torchcodec even to list them.
 """
 
 import csv
+import io
 import json
+import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers.utils import logging
 
 from ..audio_utils_mel_llm import AUDIO_EXTENSIONS
@@ -23,10 +28,10 @@ logger = logging.get_logger(__name__)
 
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription")
-COLUMNS = ("audio", "text", "duration", "origin")
+COLUMNS = ("audio", "text", "duration", "offset", "origin")
 
 _METADATA_FILES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
-_MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
+_MANIFESTS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -42,7 +47,7 @@ class SpeechSource:
     `recordings`, `recordings,weight=2`, `openslr/librispeech_asr,config=clean,split=train.100,streaming=true`.
 
     Args:
-        place (`str`): A folder, a manifest (csv, tsv, jsonl) or the name of a dataset of the Hub. A folder holds
+        place (`str`): A folder, a manifest (csv, tsv, jsonl, parquet) or the name of a dataset of the Hub. A folder holds
             `metadata.csv` (or `.tsv`, `.jsonl`) with the columns `file_name` and `text`, at its top or in one folder
             for each split, as `audiofolder` datasets do; or pairs `NAME.wav`, `NAME.txt`; or a dataset written by
             `save_to_disk`.
@@ -141,16 +146,35 @@ def _load_local(source: SpeechSource, path: Path, split: str):
             _check_split(source, split, list(saved))
             saved = saved[split]
         return saved
+    parquet = [path] if path.suffix == ".parquet" else _parquet_files(path, split)
+    if parquet:
+        from datasets import load_dataset
+
+        files = {split: [str(file) for file in parquet]}
+        return load_dataset("parquet", data_files=files, split=split, streaming=source.streaming)
     rows = list(_local_rows(path, split))
     if not rows:
         raise ValueError(f"{path}: no clips with transcripts found.")
-    columns = {key: [row.get(key) for row in rows] for key in rows[0]}
-    dataset = Dataset.from_dict(columns)
+    columns = {key: None for row in rows for key in row}  # in their order
+    dataset = Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
     return dataset.to_iterable_dataset(num_shards=min(64, len(rows))) if source.streaming else dataset
+
+
+def _parquet_files(path: Path, split: str) -> list[Path]:
+    """Those of a folder in the form of the Hub's datasets, without metadata of another kind."""
+    if not path.is_dir() or any(path.rglob("metadata.*")):
+        return []
+    names = _SPLIT_NAMES.get(split, (split,))
+    files = sorted(path.rglob("*.parquet"))
+    of_split = [file for file in files if file.name.startswith(names) or file.parent.name in names]
+    if files and not of_split and split != "train":
+        raise FileNotFoundError(f"{path} has no parquet files of the split {split!r}.")
+    return of_split or files
 
 
 def _local_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
     """Rows of strings, the audio column being an absolute path."""
+    path = Path(os.path.abspath(path))
     if path.is_file():
         if path.suffix not in _MANIFESTS:
             raise ValueError(f"{path} is no manifest: it must end in {', '.join(_MANIFESTS)}.")
@@ -180,20 +204,52 @@ def _split_folder(path: Path, split: str) -> Path:
 
 
 def _read_metadata(path: Path) -> Iterator[dict[str, Any]]:
-    # Read as text: a reader that guesses types makes a number of the transcript "42" and nothing of "NA"
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        if path.suffix in (".csv", ".tsv"):
-            rows: Iterator[dict[str, Any]] = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        else:
-            rows = _json_lines(file, path)
-        for number, row in enumerate(rows, start=1):
-            audio = next((name for name in AUDIO_COLUMNS if row.get(name)), None)
-            if audio is None:
+    """Rows of strings. Read as text: a reader that guesses types makes a number of the transcript "42" and nothing of
+    "NA"."""
+    audio = None
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(_rows(file, path), start=1):
+                if audio is None:  # the first row decides for all
+                    audio = next((name for name in AUDIO_COLUMNS if row.get(name)), None)
+                value = None if audio is None else row.get(audio)
+                if isinstance(value, dict):
+                    value = value.get("path")
+                if not value:
+                    columns = ", ".join(AUDIO_COLUMNS) if audio is None else audio
+                    raise ValueError(
+                        f"{path}, row {number}: no file is named in {columns}. The row has {', '.join(map(str, row))}."
+                    )
+                strings = {key: None if cell is None else str(cell) for key, cell in row.items()}
+                yield {**strings, audio: str(path.parent / str(value))}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not written in UTF-8: {error}") from None
+
+
+def _rows(file, path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix in (".csv", ".tsv"):
+        # Tab-separated files have no quoting: a quotation mark there belongs to the transcript
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        reader = csv.DictReader(file, **dialect)
+        for row in reader:
+            if None in row:
                 raise ValueError(
-                    f"{path}, row {number}: none of the columns {', '.join(AUDIO_COLUMNS)} names a file. "
-                    f"The row has {', '.join(map(str, row))}."
+                    f"{path}, line {reader.line_num}: more cells than columns ({row[None]}). In a csv file, quote texts "
+                    "with commas in them."
                 )
-            yield {**row, audio: str(path.parent / str(row[audio]))}
+            yield row
+        return
+    text = file.read() if path.suffix == ".json" else ""
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} must hold a list of JSON objects.")
+        yield from rows
+    else:
+        yield from _json_lines(text.splitlines() if text else file, path)
 
 
 def _json_lines(file, path: Path) -> Iterator[dict[str, Any]]:
@@ -250,6 +306,7 @@ def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str],
             "audio": {"bytes": Value("binary"), "path": Value("string")},
             "text": Value("string"),
             "duration": Value("float64"),
+            "offset": Value("float64"),
             "origin": Value("string"),
         }
     )
@@ -257,6 +314,8 @@ def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str],
     kwargs: dict[str, Any] = {"with_indices": True, "remove_columns": list(names), "features": features}
     if not source.streaming:
         kwargs["desc"] = f"Listing {source.place}"
+        if dataset.cache_files:  # what is derived from a user's folder does not belong into it
+            kwargs["cache_file_name"] = os.path.join(tempfile.mkdtemp(prefix="mel-llm-"), "rows.arrow")
     return dataset.map(row_to_columns, **kwargs)
 
 
@@ -290,21 +349,37 @@ class _ToColumns:
     text_normalizer: Callable[[str], str] | None
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        audio, text, duration = row[self.audio], row[self.text], row.get("duration")
+        audio, text = row[self.audio], row[self.text]
         if isinstance(audio, str):
             audio = {"bytes": None, "path": audio}
+        elif audio.get("array") is not None:
+            audio = {"bytes": _wav_bytes(audio["array"], audio["sampling_rate"]), "path": audio.get("path")}
         text = "" if text is None else str(text)
-        try:
-            duration = float(duration)
-        except (TypeError, ValueError):
-            duration = None
         name = audio.get("path") or f"row {index}"
         return {
             "audio": {"bytes": audio.get("bytes"), "path": audio.get("path")},
             "text": text if self.text_normalizer is None else self.text_normalizer(text),
-            "duration": duration,
+            "duration": _seconds(row.get("duration")),
+            "offset": _seconds(row.get("offset")),
             "origin": name if os.path.isabs(name) else f"{self.place}: {name}",
         }
+
+
+def _seconds(value: Any) -> float | None:
+    """A number that somebody wrote down, or None if it is none: then the file's header tells."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def _wav_bytes(samples: Any, sampling_rate: int) -> bytes:
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, np.asarray(samples, dtype=np.float32).T, sampling_rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
 
 
 __all__ = ["AUDIO_COLUMNS", "COLUMNS", "TEXT_COLUMNS", "SpeechSource", "load_source"]

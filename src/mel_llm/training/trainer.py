@@ -58,6 +58,13 @@ class SpeechTrainer(Seq2SeqTrainer):
         super().log(logs, *args, **kwargs)
 
 
+# All that a saved model or adapter may consist of
+_MODEL_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors"),
+    *("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
+)
+
+
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
     """The newest checkpoint in `folder` that was written to its end, or `None`.
 
@@ -74,7 +81,8 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
 def save_whole(trainer: Seq2SeqTrainer, processor, folder: str | os.PathLike) -> None:
     """Saves the model and its processor into `folder`: each file appears when it is complete.
 
-    A folder that holds a model is replaced file by file; other files in it stay.
+    A model or an adapter that is there already is replaced, and what is left over of it goes: a model beside an adapter
+    that is not its own would be loaded with it. Other files stay.
     """
     folder = Path(folder)
     partial = folder / ".saving"
@@ -86,7 +94,13 @@ def save_whole(trainer: Seq2SeqTrainer, processor, folder: str | os.PathLike) ->
     processor.save_pretrained(partial)
     (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to trust
     # The weights last: a folder with a config but without weights is refused, the other way round it is misread
-    for path in sorted(partial.iterdir(), key=lambda path: path.suffix in (".safetensors", ".bin")):
+    fresh = sorted(partial.iterdir(), key=lambda path: path.suffix in (".safetensors", ".bin"))
+    names = {path.name for path in fresh}
+    for pattern in _MODEL_FILES:
+        for path in folder.glob(pattern):
+            if path.name not in names:
+                path.unlink()
+    for path in fresh:
         os.replace(path, folder / path.name)
     partial.rmdir()
 
