@@ -285,5 +285,5 @@ def test_eight_recordings_are_learnt_and_spoken(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     for clip in figures["temperature 0"]["clips"]:
         assert clip["mel_l1"] < 0.1 and clip["stopped"]
-        assert abs(clip["frames"] - clip["real_frames"]) <= max(8, 0.15 * clip["real_frames"])
+        assert abs(clip["frames"] - clip["real_frames"]) <= max(4, 0.1 * clip["real_frames"])
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == [f"{i}.wav" for i in range(8)]

@@ -282,7 +282,8 @@ class _SpeechOptions:
         most = (most / patch_seconds).ceil().long().clamp(min=1)
         if self.max_patches is not None:
             most = most.clamp(max=self.max_patches)
-        return torch.minimum((least / patch_seconds).floor().long(), most), most
+        least = (least / patch_seconds).floor().long().clamp(min=1)  # no text is spoken in no time
+        return torch.minimum(least, most), most
 
 
 class _SilenceGuard:
