@@ -257,6 +257,8 @@ def program(*arguments, **kwargs):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
+        # Shells let what they start in the background ignore Ctrl-C, and so would the program under a test run there
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **kwargs,
     )
 

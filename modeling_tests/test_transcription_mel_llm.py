@@ -355,7 +355,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, tracemalloc.get
     print(f"peak memory in MiB, of the process and of the transcription, by minutes of audio: {peaks}")
     assert peaks[120][0] < peaks[10][0] + 24  # two hours as float32 are 440 MiB
     # The process's peak is that of the imports; what the audio takes by itself is a batch and a window
-    assert peaks[120][1] < peaks[10][1] + 1 and peaks[120][1] < 48
+    assert peaks[120][1] < peaks[10][1] + 4 and peaks[120][1] < 48
 
 
 def test_public_names():

@@ -158,12 +158,6 @@ def _check_output(inputs: list[_Input], formats: list[str], timestamps: bool, ou
         return
     if output_dir.exists() and not output_dir.is_dir():
         _fail(f"--output-dir {output_dir} is no folder.")
-    try:  # a night's work must not end at the first file that cannot be written
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        _fail(f"--output-dir {output_dir} cannot be written to: {error}")
     sources = {os.path.realpath(entry.name) for entry in inputs}
     taken: dict[Path, str] = {}
     for entry in inputs:
@@ -176,6 +170,12 @@ def _check_output(inputs: list[_Input], formats: list[str], timestamps: bool, ou
         for target in _targets(entry, formats, output_dir):
             if os.path.realpath(target) in sources:
                 _fail(f"{target} is both to be read and to be written.")
+    try:  # a night's work must not end at the first file that cannot be written
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        _fail(f"--output-dir {output_dir} cannot be written to: {error}")
 
 
 def _targets(entry: _Input, formats: list[str], output_dir: Path) -> list[Path]:
