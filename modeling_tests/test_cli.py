@@ -177,6 +177,12 @@ def test_a_failed_write_leaves_nothing(stub, folder, tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(stub, folder, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    result = call(folder / "a.wav", "--output-dir", tmp_path / "file" / "below")
+    assert result.exit_code == 2 and "cannot be written to" in result.stderr and not stub
+
+
 def test_same_names_do_not_collide(stub, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     out = tmp_path / "out"
