@@ -8,7 +8,14 @@ from conftest import BACKBONES, TINY_AUDIO, tiny_text_config
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
-from mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMForSpeechSeq2Seq, MelLLMSpeechConfig, MelLLMVocoderConfig
+from mel_llm import (
+    MelLLMAudioConfig,
+    MelLLMConfig,
+    MelLLMFeatureExtractor,
+    MelLLMForSpeechSeq2Seq,
+    MelLLMSpeechConfig,
+    MelLLMVocoderConfig,
+)
 
 
 def test_default_is_the_paper():
@@ -127,6 +134,42 @@ BAD_FIELDS = [
     (MelLLMAudioConfig, "conv_activation", "reluu"),
     (MelLLMAudioConfig, "projector_activation", 5),
 ]
+
+
+@pytest.mark.parametrize(
+    ("vocoder_type", "fields", "message"),
+    [
+        ("istft", [1], "a dict or None"),
+        ("griffin_lim", {"hidden_size": 8}, "empty for Griffin-Lim"),
+        ("istft", {"hiden_size": 8}, "without hiden_size"),
+        ("istft", {"hidden_size": 1 << 20}, "`hidden_size` is an integer from 1 to 8192"),
+        ("istft", {"num_layers": True}, "`num_layers`"),
+        ("istft", {"kernel_size": 6}, "`kernel_size` is odd"),
+        ("istft", {"lookahead": 4}, "`lookahead` is at most half the kernel, 3"),
+        ("hifigan", {"model_in_dim": 80}, "without `model_in_dim`"),
+        ("hifigan", {"upsample_initial_channel": 1 << 30}, "`upsample_initial_channel`"),
+        ("hifigan", {"upsample_rates": 4}, "`upsample_rates`"),
+        ("hifigan", {"upsample_rates": [4, 4, 4, 4]}, "`upsample_kernel_sizes` of one length"),
+        ("hifigan", {"upsample_rates": [4, 8], "upsample_kernel_sizes": [8, 4]}, "at least the `upsample_rates`"),
+        ("hifigan", {"resblock_kernel_sizes": [4], "resblock_dilation_sizes": [[1]]}, "are odd"),
+        ("hifigan", {"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1 << 20]]}, "resblock_dilation_sizes"),
+    ],
+)
+def test_what_a_vocoder_is_built_from_is_checked(vocoder_type, fields, message):
+    with pytest.raises(ValueError, match="MelLLMVocoderConfig: `vocoder_kwargs`") as error:
+        MelLLMVocoderConfig(vocoder_type=vocoder_type, vocoder_kwargs=fields)
+    assert message in str(error.value)
+
+
+def test_a_vocoder_config_round_trips_through_json(tmp_path):
+    extractor = MelLLMFeatureExtractor.from_preset("hifigan16k")
+    config = MelLLMVocoderConfig.from_feature_extractor(
+        extractor, vocoder_type="istft", vocoder_kwargs={"num_layers": 2}
+    )
+    config.save_pretrained(tmp_path)
+    loaded = MelLLMVocoderConfig.from_pretrained(tmp_path)
+    assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+    assert MelLLMFeatureExtractor(**loaded.feature_config).to_dict() == extractor.to_dict()
 
 
 @pytest.mark.parametrize(("config_class", "field", "value"), BAD_FIELDS)

@@ -49,6 +49,7 @@ def test_public_names():
         "MelLLMPreTrainedModel",
         "MelLLMProcessor",
         "MelLLMSpeechConfig",
+        "MelLLMVocoder",
         "MelLLMVocoderConfig",
         "Segment",
         "Transcription",

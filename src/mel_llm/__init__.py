@@ -12,6 +12,7 @@ from .modeling_mel_llm_speech import MelLLMForTextToSpeech
 from .processing_mel_llm import MelLLMProcessor
 from .registration import register
 from .transcription_mel_llm import Segment, Transcription, split_audio, transcribe
+from .vocoder_mel_llm import MelLLMVocoder
 
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "MelLLMPreTrainedModel",
     "MelLLMProcessor",
     "MelLLMSpeechConfig",
+    "MelLLMVocoder",
     "MelLLMVocoderConfig",
     "Segment",
     "Transcription",

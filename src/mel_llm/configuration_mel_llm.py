@@ -9,6 +9,7 @@ states, "ours" is a choice of this package.
 
 import difflib
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -53,6 +54,14 @@ def _check_bool(config: PreTrainedConfig, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, bool):
         _fail(type(config).__name__, name, value, "True or False")
+
+
+def _is_size(value: Any, minimum: int, maximum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
+def _is_size_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and 1 <= len(value) <= 16 and all(_is_size(item, 1, 256) for item in value)
 
 
 def _check_token_ids(config: PreTrainedConfig, name: str, vocab_size: int) -> None:
@@ -310,11 +319,22 @@ class MelLLMVocoderConfig(PreTrainedConfig):
     r"""What turns mel frames into a waveform. Which vocoder is the checkpoint's choice; the paper has HiFi-GAN.
 
     Args:
-        vocoder_type (`str`, defaults to `"griffin_lim"`): `"griffin_lim"` needs no training. (`"hifigan"` and `"istft"`
-            are reserved and cannot be built yet.)
+        vocoder_type (`str`, defaults to `"griffin_lim"`): `"griffin_lim"` needs no training. `"hifigan"` is transformers'
+            `SpeechT5HifiGan` (what MELLE takes). `"istft"` is a small Vocos (arXiv 2306.00814): the fastest, and
+            trained by `scripts/train_vocoder.py`.
         feature_config (`dict`, *optional*): Arguments of the [`MelLLMFeatureExtractor`] whose frames it inverts;
             [`from_feature_extractor`] takes them from one. That extractor's defaults when not given.
         num_iterations (`int`, defaults to 32): Iterations of Griffin-Lim.
+        vocoder_kwargs (`dict`, *optional*): What a neural vocoder is built from.
+            For `"istft"`, whole numbers (all ours; the paper's model is several times as large): `hidden_size` (256),
+            `intermediate_size` (768), `num_layers` (6), `kernel_size` (7, odd), `lookahead` (half the kernel, as in the
+            paper: frames that each layer but the first sees ahead; less of it starts a stream sooner) and `overlap` (4:
+            hops in a window of the inverse transform).
+            For `"hifigan"`, fields of `SpeechT5HifiGanConfig`. `upsample_rates` must multiply to the hop length; those
+            for 256 (the `hifigan16k` features) are microsoft/speecht5_hifigan's, those for 160 (`phi4`) ours.
+
+    Raises:
+        ValueError: A field has a value that no vocoder can be built from; the message names the field.
     """
 
     model_type = "mel_llm_vocoder"
@@ -341,9 +361,20 @@ class MelLLMVocoderConfig(PreTrainedConfig):
         "edge_padding",
     )
 
+    # Name, least and largest value; what is not given is the vocoder's to choose
+    ISTFT_SIZES: ClassVar[dict[str, tuple[int, int]]] = {
+        "hidden_size": (1, 8192),
+        "intermediate_size": (1, 32768),
+        "num_layers": (1, 64),
+        "kernel_size": (1, 63),
+        "lookahead": (0, 31),
+        "overlap": (2, 16),
+    }
+
     vocoder_type: str = "griffin_lim"
     feature_config: dict | None = None
     num_iterations: int = 32
+    vocoder_kwargs: dict | None = None
 
     def __post_init__(self, **kwargs):
         _check_choice(self, "vocoder_type", ("griffin_lim", "hifigan", "istft"))
@@ -353,8 +384,61 @@ class MelLLMVocoderConfig(PreTrainedConfig):
                 fields = ", ".join(self.FEATURE_FIELDS)
                 _fail(type(self).__name__, "feature_config", self.feature_config, f"a dict with keys among {fields}")
         _check_int(self, "num_iterations", maximum=1000)
+        self._check_vocoder_kwargs()
         _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
+
+    def _check_vocoder_kwargs(self) -> None:
+        fields = self.vocoder_kwargs
+        if fields is None:
+            return
+
+        def fail(expected: str) -> None:
+            _fail(type(self).__name__, "vocoder_kwargs", fields, expected)
+
+        if not isinstance(fields, dict):
+            fail("a dict or None")
+        if self.vocoder_type == "griffin_lim" and fields:
+            fail("empty for Griffin-Lim, which is not built from anything")
+        if self.vocoder_type == "istft":
+            self._check_istft(fields, fail)
+        if self.vocoder_type == "hifigan":
+            self._check_hifigan(fields, fail)
+
+    def _check_istft(self, fields: dict, fail: Callable[[str], None]) -> None:
+        if unknown := sorted(set(fields) - set(self.ISTFT_SIZES)):
+            fail(f"without {', '.join(unknown)}; an iSTFT vocoder has {', '.join(self.ISTFT_SIZES)}")
+        for name, value in fields.items():
+            least, most = self.ISTFT_SIZES[name]
+            if not _is_size(value, least, most):
+                fail(f"a dict whose `{name}` is an integer from {least} to {most}")
+        kernel_size = fields.get("kernel_size", 7)
+        if kernel_size % 2 == 0:
+            fail("a dict whose `kernel_size` is odd")
+        if fields.get("lookahead", 0) > kernel_size // 2:
+            fail(f"a dict whose `lookahead` is at most half the kernel, {kernel_size // 2}")
+
+    def _check_hifigan(self, fields: dict, fail: Callable[[str], None]) -> None:
+        for name in ("model_in_dim", "sampling_rate"):
+            if name in fields:
+                fail(f"without `{name}`, which the features decide")
+        if not _is_size(fields.get("upsample_initial_channel", 512), 1, 8192):
+            fail("a dict whose `upsample_initial_channel` is an integer from 1 to 8192")
+        lists = ("upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes", "resblock_dilation_sizes")
+        for name in lists:
+            value = fields.get(name, [1])
+            rows = value if name == "resblock_dilation_sizes" and value != [1] else [value]
+            valid = isinstance(rows, list | tuple) and len(rows) <= 16 and all(map(_is_size_list, rows))
+            if not valid:
+                fail(f"a dict whose `{name}` has at most 16 integers from 1 to 256 in a list")
+        if any(size % 2 == 0 for size in fields.get("resblock_kernel_sizes", ())):
+            fail("a dict whose `resblock_kernel_sizes` are odd")
+        for first, second in (lists[:2], lists[2:]):
+            if (first in fields) != (second in fields) or len(fields.get(first, ())) != len(fields.get(second, ())):
+                fail(f"a dict with `{first}` and `{second}` of one length, or neither")
+        for rate, kernel in zip(fields.get(lists[0], ()), fields.get(lists[1], ()), strict=True):
+            if kernel < rate:
+                fail("a dict whose `upsample_kernel_sizes` are at least the `upsample_rates`")
 
     @classmethod
     def from_feature_extractor(cls, feature_extractor, **kwargs) -> "MelLLMVocoderConfig":

@@ -10,11 +10,13 @@ from .sources import SpeechSource, load_source
 from .statistics import compute_feature_statistics
 from .tokenizer import train_tokenizer
 from .trainer import SpeechTrainer, last_checkpoint, save_whole
+from .vocoder import SegmentSampler, VocoderTrainer, VocoderTrainingArguments, round_trip_error
 
 
 __all__ = [
     "LORA_PRESETS",
     "DataReport",
+    "SegmentSampler",
     "SpecAugment",
     "SpeechDataset",
     "SpeechSampler",
@@ -22,12 +24,15 @@ __all__ = [
     "SpeechTrainer",
     "SpeedPerturbation",
     "TranscriptionCollator",
+    "VocoderTrainer",
+    "VocoderTrainingArguments",
     "compute_feature_statistics",
     "count_parameters",
     "freeze",
     "last_checkpoint",
     "load_source",
     "lora_config",
+    "round_trip_error",
     "save_whole",
     "select_clips",
     "stream_examples",

@@ -83,7 +83,7 @@ def select_clips(
 
     Args:
         data: A `datasets.Dataset` with the columns of `mel_llm.training.sources`.
-        tokenizer: Counts the tokens of the transcripts.
+        tokenizer (*optional*): Counts the tokens of the transcripts. Without one, transcripts do not matter.
         min_seconds, max_seconds (`float`): Clips outside are left out.
         max_tokens (`int`, *optional*): So are longer transcripts.
 
@@ -101,8 +101,9 @@ def select_clips(
             if len(unreadable) < _MAX_NAMED:
                 unreadable.append(f"{row['origin']}: {error}")
             continue
-        num_tokens = len(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
-        reason = _reason(row["text"], seconds, num_tokens, min_seconds, max_seconds, max_tokens)
+        num_tokens = 0 if tokenizer is None else len(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
+        text = None if tokenizer is None else row["text"]
+        reason = _reason(text, seconds, num_tokens, min_seconds, max_seconds, max_tokens)
         if reason is not None:
             left_out[reason] += 1
             continue
@@ -115,7 +116,7 @@ def select_clips(
 
 
 def _reason(text, seconds, num_tokens, min_seconds, max_seconds, max_tokens) -> str | None:
-    if not text.strip():
+    if text is not None and not text.strip():
         return "without a transcript"
     if seconds < min_seconds:
         return f"shorter than {min_seconds:g} s"

@@ -108,13 +108,20 @@ class SpeechSource:
         return cls(place, **values)
 
 
-def load_source(source: SpeechSource, split: str = "train", text_normalizer: Callable[[str], str] | None = None):
+def load_source(
+    source: SpeechSource,
+    split: str = "train",
+    text_normalizer: Callable[[str], str] | None = None,
+    needs_text: bool = True,
+):
     """The dataset of one source.
 
     Args:
         source: Where it is.
         split (`str`, defaults to `"train"`): Used when the source names none.
         text_normalizer: Applied to each transcript.
+        needs_text (`bool`, defaults to `True`): Whether there must be transcripts. Without, missing ones are empty, and
+            audio files in a folder need no `.txt` beside them.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` for a source that streams, with the columns of this module.
@@ -128,16 +135,16 @@ def load_source(source: SpeechSource, split: str = "train", text_normalizer: Cal
         path = Path(source.place).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"There is no folder or manifest {str(path)!r}.")
-        dataset = _load_local(source, path, split)
+        dataset = _load_local(source, path, split, needs_text)
     else:
         dataset = _load_from_hub(source, split)
-    return _standardise(dataset, source, text_normalizer)
+    return _standardise(dataset, source, text_normalizer, needs_text)
 
 
 # --- local ----------------------------------------------------------------------------------------------------------
 
 
-def _load_local(source: SpeechSource, path: Path, split: str):
+def _load_local(source: SpeechSource, path: Path, split: str, needs_text: bool):
     from datasets import Dataset, load_from_disk
 
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -152,9 +159,9 @@ def _load_local(source: SpeechSource, path: Path, split: str):
 
         files = {split: [str(file) for file in parquet]}
         return load_dataset("parquet", data_files=files, split=split, streaming=source.streaming)
-    rows = list(_local_rows(path, split))
+    rows = list(_local_rows(path, split, needs_text))
     if not rows:
-        raise ValueError(f"{path}: no clips with transcripts found.")
+        raise ValueError(f"{path}: no clips{' with transcripts' if needs_text else ''} found.")
     columns = {key: None for row in rows for key in row}  # in their order
     dataset = Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
     return dataset.to_iterable_dataset(num_shards=min(64, len(rows))) if source.streaming else dataset
@@ -172,7 +179,7 @@ def _parquet_files(path: Path, split: str) -> list[Path]:
     return of_split or files
 
 
-def _local_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
+def _local_rows(path: Path, split: str, needs_text: bool) -> Iterator[dict[str, Any]]:
     """Rows of strings, the audio column being an absolute path."""
     path = Path(os.path.abspath(path))
     if path.is_file():
@@ -187,8 +194,12 @@ def _local_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
         return
     for file in sorted(folder.rglob("*")):
         transcript = file.with_suffix(".txt")
-        if file.suffix.lower() in AUDIO_EXTENSIONS and transcript.is_file():
+        if file.suffix.lower() not in AUDIO_EXTENSIONS:
+            continue
+        if transcript.is_file():
             yield {"audio": str(file), "text": transcript.read_text(encoding="utf-8").strip()}
+        elif not needs_text:
+            yield {"audio": str(file), "text": ""}
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -282,14 +293,15 @@ def _check_split(source: SpeechSource, split: str, splits: list[str]) -> None:
 # --- the same columns for all ---------------------------------------------------------------------------------------
 
 
-def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str], str] | None):
+def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str], str] | None, needs_text: bool):
     from datasets import Audio, Features, Value
 
     names = dataset.column_names
     if names is None:  # a stream whose features nobody declared
         names = list(next(iter(dataset)))
     audio = _find_column(source, names, "audio_column", AUDIO_COLUMNS)
-    text = _find_column(source, names, "text_column", TEXT_COLUMNS)
+    has_text = needs_text or source.text_column is not None or not set(TEXT_COLUMNS).isdisjoint(names)
+    text = _find_column(source, names, "text_column", TEXT_COLUMNS) if has_text else None
     if isinstance((dataset.features or {}).get(audio), Audio):
         dataset = dataset.cast_column(audio, Audio(decode=False))
     if source.exclude is not None:
@@ -345,11 +357,11 @@ class _NotMatching:
 class _ToColumns:
     place: str
     audio: str
-    text: str
+    text: str | None
     text_normalizer: Callable[[str], str] | None
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        audio, text = row[self.audio], row[self.text]
+        audio, text = row[self.audio], None if self.text is None else row[self.text]
         if isinstance(audio, str):
             audio = {"bytes": None, "path": audio}
         elif audio.get("array") is not None:
