@@ -105,14 +105,18 @@ def test_full_fine_tuning(folder, speech_clips, tmp_path):
     assert (output / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("more", [[], ["--lora", "small"]], ids=["full", "lora"])
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(folder, tmp_path, more):
+@pytest.mark.parametrize(
+    ("epochs", "more"),
+    [(20, []), (20, ["--lora", "small"]), (10, ["--tasks", "asr,tts"])],
+    ids=["full", "lora", "joint"],
+)
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(folder, tmp_path, epochs, more):
     """With everything random in it: order, dropout, speed perturbation, SpecAugment, workers, mixing by weight."""
     random = [
         *("--spec_augment", "--speed_factors", "0.9", "1.0", "1.1", "--dataloader_num_workers", "1"),
         *("--text_config", json.dumps({**TEXT, "attention_dropout": 0.2}), *SCRATCH[2:]),
         *("--train_data", f"{folder},weight=2", f"{folder},split=validation,weight=1"),
-        *("--save_strategy", "steps", "--save_steps", "5", "--num_train_epochs", "20", *more),
+        *("--save_strategy", "steps", "--save_steps", "5", "--num_train_epochs", str(epochs), *more),
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finish(launch(SCRIPT, *words(folder, whole, *random)))

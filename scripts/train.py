@@ -1,18 +1,21 @@
-"""Trains a Mel-LLM on speech with transcripts.
+"""Trains a Mel-LLM on speech with transcripts: to read it, to speak it, or both.
 
     python scripts/train.py --train_data recordings --output_dir runs/first --num_train_epochs 20
     python scripts/train.py --train_data recordings --output_dir runs/lora --lora small \\
         --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
+    python scripts/train.py --train_data recordings --output_dir runs/both --tasks asr,tts
     python scripts/train.py config.yaml --learning_rate 1e-4
 
 `--model_name_or_path` is the backbone: a causal language model to build a Mel-LLM around, or a Mel-LLM to go on with.
 The arguments are those below and all of transformers' Seq2SeqTrainingArguments; a YAML or JSON file of them may come
 first. The same command, started again, goes on from the last complete checkpoint in --output_dir. What comes out loads
-with `pipeline("automatic-speech-recognition", model=OUTPUT_DIR)` once `mel_llm` is imported.
+with `pipeline("automatic-speech-recognition", model=OUTPUT_DIR)`, and "text-to-speech" if it has learnt to speak, once
+`mel_llm` is imported.
 """
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -27,6 +30,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
     AutoProcessor,
     AutoTokenizer,
     HfArgumentParser,
@@ -34,17 +38,28 @@ from transformers import (
 )
 
 import mel_llm
-from mel_llm import MelLLMAudioConfig, MelLLMConfig
+from mel_llm import (
+    MelLLMAudioConfig,
+    MelLLMConfig,
+    MelLLMFeatureExtractor,
+    MelLLMForTextToSpeech,
+    MelLLMSpeechConfig,
+    MelLLMVocoder,
+    MelLLMVocoderConfig,
+)
 from mel_llm.conversion import from_text_llm
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.training import (
     LORA_PRESETS,
+    TASKS,
     SpecAugment,
     SpeechDataset,
     SpeechSampler,
     SpeechSource,
     SpeechTrainer,
     SpeedPerturbation,
+    SynthesisCollator,
+    TaskCollator,
     TranscriptionCollator,
     compute_feature_statistics,
     count_parameters,
@@ -66,6 +81,7 @@ SUMMARY = "training_summary.json"
 
 # What these arguments ask for lies in a checkpoint once there is one
 NEW_MODELS_ONLY = ("gguf_file", "revision", "audio_config", "text_config", "transcription_instruction")
+NEW_SPEECH_HEADS_ONLY = ("speech_preset", "speech_config")
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, SpeechTrainingArguments]:
@@ -90,6 +106,18 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
                 parser.error(f"--{name} needs --lora.")
     if not data_args.train_data:
         parser.error("--train_data is needed: a folder, a manifest or a dataset of the Hub; several can be mixed.")
+    data_args.tasks = [task.strip() for entry in data_args.tasks for task in entry.split(",")]
+    if not data_args.tasks or set(data_args.tasks) - set(TASKS) or len(set(data_args.tasks)) < len(data_args.tasks):
+        parser.error(f"--tasks must be one or several of {', '.join(TASKS)}, got {' '.join(data_args.tasks)}.")
+    weights = data_args.task_weights
+    if weights and (len(weights) != len(data_args.tasks) or not all(0 < weight < math.inf for weight in weights)):
+        parser.error(f"--task_weights must be a positive number for each of {', '.join(data_args.tasks)}.")
+    if "tts" in data_args.tasks and training_args.label_smoothing_factor:
+        parser.error("--label_smoothing_factor is for tokens, and --tasks tts has spectrograms for labels.")
+    if "asr" not in data_args.tasks:
+        for name in ("spec_augment", "speed_factors"):
+            if getattr(data_args, name):
+                parser.error(f"--{name} is for reading: it would change the voices that --tasks tts learns.")
     return model_args, data_args, training_args
 
 
@@ -146,30 +174,63 @@ def mix_streams(sources: list[SpeechSource], datasets_: list, seed: int):
     )
 
 
-def select_all(sources, datasets_, processor, data_args: DataArguments, what: str):
-    """The clips of all sources that are kept, the seconds of each, and how many come from each source."""
-    from datasets import concatenate_datasets
+@dataclass
+class Selection:
+    """The clips of one source that are kept, for one task."""
 
-    kept, lengths, sizes, reports = [], [], [], {}
+    source: SpeechSource
+    task: str
+    rows: object  # datasets.Dataset
+    seconds: list[float]
+
+
+def select_all(sources, datasets_, processor, data_args: DataArguments, what: str) -> tuple[list[Selection], dict]:
+    """What is kept of each source, for each task that it serves, and the reports."""
+    selections, reports = [], {}
     for source, data in zip(sources, datasets_, strict=True):
         selected, seconds, report = select_clips(
             data, processor.tokenizer, data_args.min_seconds, data_args.max_seconds, data_args.max_tokens
         )
         logger.info(f"{what} data from {source.place}: {report}")
-        kept.append(selected)
-        lengths += seconds
-        sizes.append(len(seconds))
         reports[source.place] = report.to_dict()
-    if not lengths:
-        raise ValueError(f"No clip of the {what} data is left to use; the reasons are above.")
-    return concatenate_datasets(kept), lengths, sizes, reports
+        for task in [source.task] if source.task else data_args.tasks:
+            rows = selected.add_column("task", [task] * len(seconds))
+            selections.append(Selection(source, task, rows, seconds))
+    for task in data_args.tasks:
+        if not any(selection.seconds for selection in selections if selection.task == task):
+            raise ValueError(f"No clip of the {what} data is left to use for {task}; the reasons are above.")
+    return selections, reports
+
+
+def rows_of(selections: list[Selection]):
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets([selection.rows for selection in selections])
+
+
+def mixing_weights(selections: list[Selection], data_args: DataArguments) -> list[float] | None:
+    """The share of each selection in an epoch; `None` if every clip comes once for each of its tasks."""
+    by_source = selections[0].source.weight is not None
+    if not by_source and not data_args.task_weights:
+        return None
+    task_weights = dict(zip(data_args.tasks, data_args.task_weights or [1.0] * len(data_args.tasks), strict=True))
+    # Within a task, as the sources' weights say, else as the clips come
+    shares = [selection.source.weight if by_source else len(selection.seconds) for selection in selections]
+    totals = {task: 0.0 for task in data_args.tasks}
+    for selection, share in zip(selections, shares, strict=True):
+        totals[selection.task] += share
+    return [
+        task_weights[selection.task] * share / totals[selection.task]
+        for selection, share in zip(selections, shares, strict=True)
+    ]
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
 
 
-def load_or_build(model_args: ModelArguments, texts):
-    """The model and its processor, and whether the audio side is new. `texts` are the transcripts, for a tokenizer."""
+def load_or_build(model_args: ModelArguments, texts, speaks: bool):
+    """The model and its processor, and whether the audio side is new. `texts` are the transcripts, for a tokenizer;
+    with `speaks`, the model has a speech head."""
     audio_fields = json_fields("audio_config", model_args.audio_config)
     unknown = audio_fields.keys() - MelLLMAudioConfig().to_dict().keys()
     if unknown:
@@ -190,6 +251,7 @@ def load_or_build(model_args: ModelArguments, texts):
             tokenizer,
             audio_config=config.audio_config,
             transcription_instruction=model_args.transcription_instruction or "",
+            **(new_speech_side(model_args) if speaks else {}),
         )
         return model, processor, True
     if text_fields:
@@ -206,8 +268,8 @@ def load_or_build(model_args: ModelArguments, texts):
         if AutoConfig.from_pretrained(name, **options).model_type == MelLLMConfig.model_type:
             if audio_fields or model_args.transcription_instruction is not None:
                 raise ValueError(f"--audio_config and --transcription_instruction are for new models; {name} is one.")
-            model = AutoModelForSpeechSeq2Seq.from_pretrained(name, **loading)
-            return model, AutoProcessor.from_pretrained(name, **options), False
+            processor = AutoProcessor.from_pretrained(name, **options)
+            return load_mel_llm(name, processor, model_args, speaks, loading), processor, False
     else:
         options["gguf_file"] = model_args.gguf_file
         loading["gguf_file"] = model_args.gguf_file
@@ -219,8 +281,66 @@ def load_or_build(model_args: ModelArguments, texts):
         tokenizer,
         audio_config=audio_fields,
         **({} if instruction is None else {"transcription_instruction": instruction}),
+        **(new_speech_side(model_args) if speaks else {}),
     )
     return model, processor, True
+
+
+def new_speech_side(model_args: ModelArguments, extractor: MelLLMFeatureExtractor | None = None) -> dict:
+    """What a model needs beside the reading side to speak. New models get features with a frame for each hop."""
+    fields = json_fields("speech_config", model_args.speech_config)
+    unknown = fields.keys() - MelLLMSpeechConfig().to_dict().keys()
+    if unknown:
+        raise ValueError(f"--speech_config: MelLLMSpeechConfig has no field {', '.join(sorted(unknown))}.")
+    new = {"speech_config": MelLLMSpeechConfig.from_preset(model_args.speech_preset, **fields)}
+    if extractor is None:
+        extractor = MelLLMFeatureExtractor.from_preset("phi4")
+        extractor.edge_padding = (extractor.win_length - extractor.hop_length) // 2
+        new["feature_extractor"] = extractor
+    # A trained one is put in when the model is there
+    new["vocoder_config"] = MelLLMVocoderConfig.from_feature_extractor(extractor)
+    return new
+
+
+def load_mel_llm(name: str, processor, model_args: ModelArguments, speaks: bool, loading: dict):
+    """A Mel-LLM as it is; one that has only read so far gets a speech head if it is to speak."""
+    options = {key: loading[key] for key in ("revision",) if key in loading}
+    config = AutoConfig.from_pretrained(name, **options)
+    is_speaker = config.speech_config is not None
+    if speaks and not is_speaker:
+        for key, value in new_speech_side(model_args, processor.feature_extractor).items():
+            setattr(config, key, value)
+    elif is_speaker:
+        for key in NEW_SPEECH_HEADS_ONLY:
+            if getattr(model_args, key) != getattr(ModelArguments, key):
+                raise ValueError(f"--{key} is for new speech heads; {name} has one.")
+    # A speech head that is not trained now must not be lost
+    auto_class = AutoModelForTextToWaveform if speaks or is_speaker else AutoModelForSpeechSeq2Seq
+    return auto_class.from_pretrained(name, config=config, **loading)
+
+
+def set_vocoder(model, processor, vocoder: str | None) -> None:
+    """Gives a model that speaks the vocoder that is asked for; `None` leaves it its own."""
+    if vocoder is None:
+        return
+    if not isinstance(model, MelLLMForTextToSpeech):
+        raise ValueError("--vocoder is for models that speak: add --tasks tts.")
+    wanted = MelLLMVocoderConfig.from_feature_extractor(processor.feature_extractor)
+    if vocoder == "none":
+        model.vocoder = model.config.vocoder_config = None
+        return
+    new = MelLLMVocoder(wanted) if vocoder == "griffin_lim" else MelLLMVocoder.from_pretrained(vocoder)
+    ours, theirs = wanted.feature_config, MelLLMVocoderConfig.from_feature_extractor(new.extractor).feature_config
+    if ours != theirs:
+        differing = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in ours if ours[key] != theirs[key])
+        raise ValueError(f"--vocoder: {vocoder} is for features with {differing}.")
+    model.vocoder, model.config.vocoder_config = new, new.config
+
+
+def is_changed(model, model_args: ModelArguments) -> bool:
+    """Whether a Mel-LLM was given a speech head or another vocoder than it had where it was loaded from."""
+    before = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.revision or "main")
+    return model_args.vocoder is not None or (before.speech_config is None) != (model.config.speech_config is None)
 
 
 def set_statistics(model, processor, examples, num_clips: int) -> None:
@@ -238,12 +358,13 @@ def finished_config_type(folder: Path) -> str | None:
         return MelLLMConfig.model_type if not any(folder.iterdir()) else None
 
 
-def add_lora(model, processor, model_args: ModelArguments, training_args, is_new: bool):
-    """The model with adapters. They need a Mel-LLM to be adapters of; for a new one that is saved beside them."""
+def add_lora(model, processor, model_args: ModelArguments, training_args, needs_base: bool):
+    """The model with adapters. They need a Mel-LLM to be adapters of; one that is new, or has new parts, is saved beside
+    them."""
     from peft import get_peft_model
 
     name = model.name_or_path
-    if is_new:
+    if needs_base:
         name = Path(training_args.output_dir) / "base"
         if name.exists() and finished_config_type(name) != MelLLMConfig.model_type:
             raise FileExistsError(
@@ -275,12 +396,13 @@ class Run:
     stream_counts: torch.Tensor | None
 
 
-def length_of(training_args: SpeechTrainingArguments, model_args: ModelArguments) -> dict:
+def length_of(training_args: SpeechTrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> dict:
     return {
         "num_train_epochs": training_args.num_train_epochs,
         "max_steps": training_args.max_steps,
         "lora": model_args.lora,
         "merge_lora": model_args.merge_lora,
+        "tasks": data_args.tasks,
     }
 
 
@@ -316,7 +438,7 @@ def prepare(argv: list[str]) -> Run | None:
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None or checkpoint.lower() in ("true", "1"):
         checkpoint = last_checkpoint(training_args.output_dir)
-    if finished_length(training_args.output_dir) == length_of(training_args, model_args):
+    if finished_length(training_args.output_dir) == length_of(training_args, model_args, data_args):
         logger.info(
             f"{training_args.output_dir} is trained already. Ask for more --num_train_epochs or --max_steps to go on, or "
             "choose another --output_dir."
@@ -333,7 +455,13 @@ def prepare(argv: list[str]) -> Run | None:
 
     sources, train_data = load_sources(data_args.train_data, "train", data_args)
     eval_sources, eval_data = load_sources(data_args.eval_data, "validation", data_args)
+    for source in [*sources, *eval_sources]:
+        if source.task is not None and source.task not in data_args.tasks:
+            raise ValueError(f"{source.place} is for {source.task}, which is not among --tasks.")
+    speaks = "tts" in data_args.tasks
     streaming = any(source.streaming for source in sources)
+    if streaming and len(data_args.tasks) > 1:
+        raise ValueError("A stream is for one task at a time: give --tasks one of them, or data that does not stream.")
     if streaming and training_args.max_steps <= 0:
         raise ValueError("A stream has no length: say how long to train with --max_steps.")
     if any(source.streaming for source in eval_sources):
@@ -350,9 +478,15 @@ def prepare(argv: list[str]) -> Run | None:
         model_args = replace(
             model_args,
             model_name_or_path=checkpoint if model_args.lora is None else began_with,
-            **{name: getattr(ModelArguments, name) for name in NEW_MODELS_ONLY},
+            **{name: getattr(ModelArguments, name) for name in (*NEW_MODELS_ONLY, *NEW_SPEECH_HEADS_ONLY)},
         )
-    model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data))
+    model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), speaks)
+    set_vocoder(model, processor, model_args.vocoder if checkpoint is None else None)
+    if isinstance(model, MelLLMForTextToSpeech):
+        if model.vocoder is not None:
+            model.vocoder.requires_grad_(False)
+        if training_args.ddp_find_unused_parameters is None:  # a batch is of one task, and one head has no part in it
+            training_args.ddp_find_unused_parameters = True
     rate = processor.feature_extractor.sampling_rate
     speed = SpeedPerturbation(tuple(data_args.speed_factors)) if data_args.speed_factors else None
     reports: dict[str, dict] = {}
@@ -372,16 +506,26 @@ def prepare(argv: list[str]) -> Run | None:
         # Each process reads a part of its own; one that reads for all needs batches of one shape
         training_args.accelerator_config.dispatch_batches = False
     else:
-        rows, lengths, sizes, reports["train"] = select_all(sources, train_data, processor, data_args, "Training")
-        train_set = measured = SpeechDataset(rows, rate, speed, training_args.seed)
-        weights = None if sources[0].weight is None else [source.weight for source in sources]
-        batch_size = training_args.train_batch_size * training_args.world_size
-        group = batch_size if data_args.group_by_length else None
-        sampler = SpeechSampler(lengths, sizes, weights, group, training_args.seed)
+        selections, reports["train"] = select_all(sources, train_data, processor, data_args, "Training")
+        train_set = measured = SpeechDataset(rows_of(selections), rate, speed, training_args.seed)
+        lengths = [seconds for selection in selections for seconds in selection.seconds]
+        sampler = SpeechSampler(
+            lengths,
+            [len(selection.seconds) for selection in selections],
+            mixing_weights(selections, data_args),
+            training_args.train_batch_size * training_args.world_size,
+            training_args.seed,
+            [selection.task for selection in selections],
+            data_args.group_by_length,
+        )
         longest = max(lengths)
     if eval_sources:
-        rows, _, _, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
-        eval_set = SpeechDataset(rows, rate)
+        selections, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
+        eval_sets = {
+            task: SpeechDataset(rows_of([selection for selection in selections if selection.task == task]), rate)
+            for task in data_args.tasks
+        }
+        eval_set = eval_sets if len(eval_sets) > 1 else eval_sets[data_args.tasks[0]]
 
     audio_config = model.config.audio_config
     if is_new:
@@ -390,18 +534,22 @@ def prepare(argv: list[str]) -> Run | None:
     else:
         audio_config.max_audio_seconds = max(audio_config.max_audio_seconds, float(longest))
     if model_args.lora is not None:
-        model = add_lora(model, processor, model_args, training_args, is_new)
+        needs_base = is_new or (checkpoint is None and is_changed(model, model_args))
+        model = add_lora(model, processor, model_args, training_args, needs_base)
     if model_args.freeze:
         freeze(model, model_args.freeze)
     logger.info("{:,} of {:,} parameters are trained.".format(*count_parameters(model)))
 
-    collator = TranscriptionCollator(
-        processor,
-        spec_augment=SpecAugment() if data_args.spec_augment else None,
-        features_later=data_args.features_on_device,
-    )
+    later = data_args.features_on_device
+    collators = {
+        "asr": TranscriptionCollator(
+            processor, spec_augment=SpecAugment() if data_args.spec_augment else None, features_later=later
+        ),
+        "tts": SynthesisCollator(processor, features_later=later),
+    }
+    collator = TaskCollator(collators) if len(data_args.tasks) > 1 else collators[data_args.tasks[0]]
     compute_metrics = None  # without generation there are no transcripts to compare
-    if eval_sources and training_args.predict_with_generate:
+    if eval_sources and training_args.predict_with_generate and "asr" in data_args.tasks:
         compute_metrics = make_compute_metrics(processor, data_args.wer_normalizer)
     trainer = SpeechTrainer(
         model,
@@ -413,7 +561,7 @@ def prepare(argv: list[str]) -> Run | None:
         compute_metrics=compute_metrics,
         train_sampler=sampler,
     )
-    length = length_of(training_args, model_args)
+    length = length_of(training_args, model_args, data_args)
     return Run(trainer, processor, checkpoint, model_args.merge_lora, length, reports, counts)
 
 

@@ -1,12 +1,12 @@
 """Preparing a Mel-LLM for training, and training it."""
 
 from .augmentation import SpecAugment, SpeedPerturbation
-from .collator import TranscriptionCollator
+from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
 from .dataset import SpeechDataset, stream_examples
 from .lora import LORA_PRESETS, count_parameters, freeze, lora_config
 from .report import DataReport, select_clips
 from .sampler import SpeechSampler
-from .sources import SpeechSource, load_source
+from .sources import TASKS, SpeechSource, load_source
 from .statistics import compute_feature_statistics
 from .tokenizer import train_tokenizer
 from .trainer import SpeechTrainer, last_checkpoint, save_whole
@@ -15,6 +15,7 @@ from .vocoder import SegmentSampler, VocoderTrainer, VocoderTrainingArguments, r
 
 __all__ = [
     "LORA_PRESETS",
+    "TASKS",
     "DataReport",
     "SegmentSampler",
     "SpecAugment",
@@ -23,6 +24,8 @@ __all__ = [
     "SpeechSource",
     "SpeechTrainer",
     "SpeedPerturbation",
+    "SynthesisCollator",
+    "TaskCollator",
     "TranscriptionCollator",
     "VocoderTrainer",
     "VocoderTrainingArguments",

@@ -39,6 +39,19 @@ class ModelArguments:
         default=None,
         metadata={"help": "New models only: what the default prompt asks for. From scratch: nothing, by default."},
     )
+    speech_preset: str = field(
+        default="small", metadata={"help": "New speech heads only: small or paper, of MelLLMSpeechConfig."}
+    )
+    speech_config: str = field(
+        default="{}", metadata={"help": "New speech heads only: fields of MelLLMSpeechConfig in JSON."}
+    )
+    vocoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "What makes the speech sound: griffin_lim (for new speech heads the default), none, or the folder of a "
+            "vocoder that scripts/train_vocoder.py trained. It is not trained here."
+        },
+    )
     lora: str | None = field(
         default=None,
         metadata={
@@ -69,6 +82,14 @@ class DataArguments:
     )
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "The same, by default of the split 'validation'."}
+    )
+    tasks: list[str] = field(
+        default_factory=lambda: ["asr"],
+        metadata={"help": "What is learnt from the clips: asr (read them), tts (speak them), or both: asr,tts."},
+    )
+    task_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Shares of the tasks in the batches, in their order; by default every clip once for each."},
     )
     text_normalizer: str = field(
         default="none",
@@ -107,8 +128,8 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         # transformers takes every metric but a loss for one of which more is better
-        error_rates = ("wer", "cer", "eval_wer", "eval_cer")
-        if self.greater_is_better is None and self.metric_for_best_model in error_rates:
+        metric = self.metric_for_best_model or ""
+        if self.greater_is_better is None and metric.split("_")[-1] in ("wer", "cer"):
             self.greater_is_better = False
         super().__post_init__()
 

@@ -1,4 +1,4 @@
-"""Examples of audio and transcript to training batches."""
+"""Examples of audio and transcript to training batches, for reading and for speaking."""
 
 import functools
 from dataclasses import dataclass
@@ -36,9 +36,6 @@ class TranscriptionCollator:
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_features` `(batch, frames, num_mel_bins)`, `attention_mask` `(batch, frames)`
         and `labels` `(batch, tokens)`, padded on the right with -100."""
-        audio = [example[self.audio_column] for example in examples]
-        seeds = [example.get("augment_seed") for example in examples]
-        batch = {"raw_speech": audio, "augment_seeds": seeds} if self.features_later else self.features(audio, seeds)
         # The model would add the end itself, but then the Trainer, which averages over tokens, would not count it
         ids = [
             torch.tensor(
@@ -49,24 +46,89 @@ class TranscriptionCollator:
             )
             for example in examples
         ]
-        batch["labels"] = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
-        return batch
+        batch = {
+            "raw_speech": [example[self.audio_column] for example in examples],
+            "augment_seeds": [example.get("augment_seed") for example in examples],
+            "labels": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100),
+        }
+        return batch if self.features_later else self.finish(batch)
 
     @functools.cached_property
     def _end(self) -> int:
         return self.processor.response_eos_token_id()
 
-    def features(
-        self, audio: list, seeds: list[int | None], device: torch.device | str | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Clips to `input_features` and `attention_mask`, on the CPU or on `device`; masked where there is a seed."""
-        batch = dict(self.processor(audio=audio, **({} if device is None else {"device": device})))
+    def finish(self, batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
+        """Makes features of a batch's waveforms, on the CPU or on `device`; masked where there is a seed."""
+        batch = dict(batch)
+        audio, seeds = batch.pop("raw_speech"), batch.pop("augment_seeds")
+        features = dict(self.processor(audio=audio, **({} if device is None else {"device": device})))
         if self.spec_augment is not None:
-            lengths = batch["attention_mask"].sum(dim=1).tolist()
-            for features, length, seed in zip(batch["input_features"], lengths, seeds, strict=True):
+            lengths = features["attention_mask"].sum(dim=1).tolist()
+            for row, length, seed in zip(features["input_features"], lengths, seeds, strict=True):
                 if seed is not None:
-                    features[:length] = self.spec_augment(features[:length], seed)
-        return batch
+                    row[:length] = self.spec_augment(row[:length], seed)
+        return {**batch, **features}
 
 
-__all__ = ["TranscriptionCollator"]
+@dataclass
+class SynthesisCollator:
+    r"""Batches for `Trainer` that teach [`MelLLMForTextToSpeech`] to speak: the text, and its spectrogram as labels.
+
+    Args:
+        processor: Its feature extractor and tokenizer are used.
+        audio_column, text_column: Keys of an example; its audio is anything that the processor takes.
+        features_later (`bool`, defaults to `False`): Leave the waveforms in the batch, for [`SpeechTrainer`] to make
+            the features on the model's device.
+    """
+
+    processor: MelLLMProcessor
+    audio_column: str = "audio"
+    text_column: str = "text"
+    features_later: bool = False
+
+    def __call__(self, examples: list[dict]) -> dict[str, Any]:
+        """A list of examples to `input_ids` and `attention_mask` `(batch, tokens)`, and `labels` `(batch, frames,
+        num_mel_bins)`, padded on the right with -100."""
+        batch = dict(self.processor.apply_speech_request([example[self.text_column] for example in examples]))
+        batch["raw_speech"] = [example[self.audio_column] for example in examples]
+        return batch if self.features_later else self.finish(batch)
+
+    def finish(self, batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
+        """Makes spectrograms of a batch's waveforms, on the CPU or on `device`."""
+        batch = dict(batch)
+        options = {} if device is None else {"device": device}
+        features = self.processor(audio=batch.pop("raw_speech"), **options)
+        padding = features["attention_mask"] == 0
+        return {**batch, "labels": features["input_features"].masked_fill(padding[..., None], -100.0)}
+
+
+@dataclass
+class TaskCollator:
+    r"""The collator of each task, for examples that say which one they are for, all of a batch the same.
+
+    Args:
+        collators (`dict`): By the `task` of an example, `"asr"` or `"tts"`.
+    """
+
+    collators: dict[str, TranscriptionCollator | SynthesisCollator]
+
+    def __call__(self, examples: list[dict]) -> dict[str, Any]:
+        """A batch as the task's collator makes it.
+
+        Raises:
+            ValueError: The examples are for several tasks: [`SpeechSampler`] takes `kinds` to keep them apart.
+        """
+        tasks = {example["task"] for example in examples}
+        if len(tasks) != 1:
+            raise ValueError(f"A batch must be of one task, got {sorted(tasks)}. Pass `kinds` to SpeechSampler.")
+        task = tasks.pop()
+        batch = self.collators[task](examples)
+        return {"task": task, **batch} if "raw_speech" in batch else batch
+
+    def finish(self, batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
+        """Makes features of a batch's waveforms, on the CPU or on `device`."""
+        batch = dict(batch)
+        return self.collators[batch.pop("task")].finish(batch, device)
+
+
+__all__ = ["SynthesisCollator", "TaskCollator", "TranscriptionCollator"]

@@ -31,14 +31,14 @@ def load_clip(audio: dict, sampling_rate: int, offset: float | None, duration: f
 class SpeechDataset(torch.utils.data.Dataset):
     r"""Decoded examples of a dataset with the columns of `mel_llm.training.sources`.
 
-    `dataset[index]` is `{"audio": (samples,), "text": str}`; with `augment_seed` as well when it is asked for with an
-    epoch, `dataset[epoch, index]`, as [`SpeechSampler`] does. A clip that cannot be read is reported by name, once, and
+    `dataset[index]` is `{"audio": (samples,), "text": str}`, with `task` where the rows have one; with `augment_seed` as
+    well when it is asked for with an epoch, `dataset[epoch, index]`, as [`SpeechSampler`] does. A clip that cannot be read is reported by name, once, and
     the next one that can takes its place, so that a batch never shrinks and a run never stops because of it.
 
     Args:
-        data: Rows with `audio`, `text` and perhaps `origin`.
+        data: Rows with `audio`, `text` and perhaps `origin` and `task`.
         sampling_rate (`int`, defaults to 16000): Hz to decode to.
-        speed: Perturbs the clips that are asked for with an epoch.
+        speed: Perturbs the clips that are asked for with an epoch, but for those of the task `tts`: it changes voices.
         seed (`int`, defaults to 0): Of the augmentation.
     """
 
@@ -84,9 +84,12 @@ class SpeechDataset(torch.utils.data.Dataset):
     def _example(self, row: dict[str, Any], epoch: int | None, index: int) -> dict[str, Any]:
         audio = load_clip(row["audio"], self.sampling_rate, row.get("offset"), row.get("duration"))
         example = {"audio": audio, "text": row["text"]}
+        task = row.get("task")
+        if task is not None:
+            example["task"] = task
         if epoch is not None:
             example["augment_seed"] = example_seed(self.seed, epoch, index)
-            if self.speed is not None:
+            if self.speed is not None and task != "tts":
                 example["audio"] = self.speed(audio, self.sampling_rate, example["augment_seed"])
         return example
 

@@ -15,7 +15,7 @@ LORA_PRESETS = {
     "small": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
 }
 
-_NEW_MODULES = ("audio_embedder", "multi_modal_projector")
+_NEW_MODULES = ("audio_embedder", "multi_modal_projector", "speech_head")
 
 
 def lora_config(
@@ -24,8 +24,8 @@ def lora_config(
     r"""A `peft.LoraConfig` for a Mel-LLM: `get_peft_model(model, lora_config(model))`.
 
     Adapters go on every linear layer of the language model's attention and MLP blocks, whatever its family calls them
-    (paper). The audio embedder with its normalisation, and the projector, are trained and saved whole: they are new,
-    and nothing but the adapter's folder holds them.
+    (paper). The audio embedder with its normalisation, the projector, and the speech head of a model that has one, are
+    trained and saved whole: they are new, and nothing but the adapter's folder holds them.
 
     Args:
         model: The model that is to be trained.
@@ -44,7 +44,7 @@ def lora_config(
     fields = {
         **LORA_PRESETS[preset],
         "target_modules": _target_pattern(model),
-        "modules_to_save": list(_NEW_MODULES),
+        "modules_to_save": [name for name in _NEW_MODULES if _has_module(model, name)],
         **overrides,
     }
     if new_token_ids:
@@ -53,6 +53,10 @@ def lora_config(
             raise ValueError(f"`new_token_ids` must be from 0 to {size - 1}, got {new_token_ids}.")
         fields.setdefault("trainable_token_indices", {_embedding_name(model): sorted(set(new_token_ids))})
     return LoraConfig(**fields)
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    return any(path.rsplit(".", 1)[-1] == name for path, _ in model.named_modules())
 
 
 def _target_pattern(model: MelLLMForSpeechSeq2Seq) -> str:

@@ -26,6 +26,8 @@ from ..audio_utils_mel_llm import AUDIO_EXTENSIONS
 
 logger = logging.get_logger(__name__)
 
+# Reading speech, and writing it
+TASKS = ("asr", "tts")
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription")
 COLUMNS = ("audio", "text", "duration", "offset", "origin")
@@ -58,6 +60,7 @@ class SpeechSource:
         audio_column, text_column (`str`, *optional*): Found by their usual names when not given.
         exclude (`str`, *optional*): `COLUMN:PATTERN`; rows whose column matches the shell pattern are left out.
         revision (`str`, *optional*): Revision of a dataset of the Hub.
+        task (`str`, *optional*): The one task that it is for, `asr` or `tts`; by default every task of the run.
 
     Raises:
         ValueError: A field has a value that it cannot have.
@@ -72,12 +75,15 @@ class SpeechSource:
     text_column: str | None = None
     exclude: str | None = None
     revision: str | None = None
+    task: str | None = None
 
     def __post_init__(self):
         if not self.place:
             raise ValueError("A data source needs a folder, a manifest or the name of a dataset.")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ValueError(f"{self.place}: `weight` must be more than 0, got {self.weight}.")
+        if self.task not in (None, *TASKS):
+            raise ValueError(f"{self.place}: `task` must be one of {', '.join(TASKS)}, got {self.task!r}.")
         if self.exclude is not None and ":" not in self.exclude:
             raise ValueError(f"{self.place}: `exclude` must be COLUMN:PATTERN, got {self.exclude!r}.")
 

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Seq2SeqTrainer, TrainerCallback
 
-from .collator import TranscriptionCollator
+from .collator import TaskCollator
 from .dataset import SpeechDataset
 from .sampler import SpeechSampler
 
@@ -26,8 +28,11 @@ class _SetEpoch(TrainerCallback):
 class SpeechTrainer(Seq2SeqTrainer):
     r"""`Seq2SeqTrainer` that follows a [`SpeechSampler`] and can make features on the model's device.
 
-    The stock trainers train a Mel-LLM too; this one adds mixing by weight, grouping by length, augmentation that a
-    resumed run repeats exactly, and the count of clips that could not be read (`bad_clips` in the log).
+    The stock trainers train a Mel-LLM too; this one adds mixing by weight and by task, grouping by length, augmentation
+    that a resumed run repeats exactly, and in the log the count of clips that could not be read (`bad_clips`) and the
+    terms of the losses (`asr_loss`, `tts_loss`, `tts_kl`, ...).
+
+    In evaluation, clips that are to be spoken give a loss alone, always with the same noise.
 
     Args:
         train_sampler ([`SpeechSampler`], *optional*): Order of a [`SpeechDataset`].
@@ -37,6 +42,7 @@ class SpeechTrainer(Seq2SeqTrainer):
     def __init__(self, *args, train_sampler: SpeechSampler | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_sampler = train_sampler
+        self._terms, self._eval_terms = _Means(), _Means()
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
 
@@ -46,16 +52,69 @@ class SpeechTrainer(Seq2SeqTrainer):
         return super()._get_train_sampler(train_dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if "raw_speech" in inputs and isinstance(self.data_collator, TranscriptionCollator):
-            inputs = dict(inputs)
-            seeds = inputs.pop("augment_seeds")
-            inputs.update(self.data_collator.features(inputs.pop("raw_speech"), seeds, device=self.args.device))
+        if "raw_speech" in inputs and hasattr(self.data_collator, "finish"):
+            inputs = self.data_collator.finish(inputs, device=self.args.device)
         return super()._prepare_inputs(inputs)
 
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
+        speaks = _is_spoken(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        terms = self._terms if model.training else self._eval_terms
+        if speaks:
+            terms.add({f"tts_{name}": value for name, value in outputs["losses"].items()})
+        elif isinstance(self.data_collator, TaskCollator):
+            terms.add({"asr_loss": loss.detach()})
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        inputs = self._prepare_inputs(inputs)
+        if not _is_spoken(inputs):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys, **gen_kwargs)
+        return loss, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_terms = _Means()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._eval_terms.take().items():
+            # `eval_tts_kl` also where the clips to be spoken are a dataset of their own, "eval_tts"
+            task, _, term = name.partition("_")
+            prefix = metric_key_prefix if metric_key_prefix.endswith(f"_{task}") else f"{metric_key_prefix}_{task}"
+            output.metrics.setdefault(f"{prefix}_{term}", value)
+        return output
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._terms.take()}
         if isinstance(self.train_dataset, SpeechDataset) and self.train_dataset.num_bad_clips:
             logs = {**logs, "bad_clips": self.train_dataset.num_bad_clips}
         super().log(logs, *args, **kwargs)
+
+
+def _is_spoken(inputs: dict[str, Any]) -> bool:
+    labels = inputs.get("labels")
+    return labels is not None and labels.is_floating_point()
+
+
+class _Means:
+    """Running means by name, which wait for the device only when they are taken."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: Counter[str] = Counter()
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
+            self.counts[name] += 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last time."""
+        means = {name: round(value.item() / self.counts[name], 6) for name, value in self.sums.items()}
+        self.sums, self.counts = {}, Counter()
+        return means
 
 
 # All that a saved model or adapter may consist of

@@ -1,0 +1,228 @@
+"""Reading and speaking in one run: batches of one task, both losses, one checkpoint for both classes."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny
+from test_train_script import SCRATCH, folder, losses, script, train, words  # noqa: F401  (fixtures among them)
+from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor, pipeline
+from transformers.utils import logging as transformers_logging
+
+from mel_llm import (
+    MelLLMFeatureExtractor,
+    MelLLMForTextToSpeech,
+    MelLLMSpeechConfig,
+    MelLLMVocoder,
+    MelLLMVocoderConfig,
+)
+from mel_llm.training import SpeechSampler, SynthesisCollator, TaskCollator, TranscriptionCollator
+
+
+SPEECH = ["--speech_config", json.dumps({"head_hidden_size": 32, "postnet_channels": 16, "history_dropout": 0.1})]
+BOTH = ["--tasks", "asr,tts", *SCRATCH, *SPEECH]
+
+
+def log_history(output) -> list[dict]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+# --- order and batches ------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_of_one_kind_and_no_clip_is_left_out():
+    lengths = np.random.default_rng(0).uniform(1, 20, 33)
+    for by_length in (True, False):
+        sampler = SpeechSampler(
+            lengths, sizes=[10, 10, 13], batch_size=4, kinds=["asr", "tts", "asr"], by_length=by_length
+        )
+        kind_of = np.array([0] * 10 + [1] * 10 + [0] * 13)
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            order = [index for _, index in sampler]
+            assert len(order) == len(sampler) == 24 + 12 and set(order) == set(range(33))
+            assert all(len(set(kind_of[batch])) == 1 for batch in np.array(order).reshape(-1, 4))
+            assert order == [index for _, index in sampler]
+    with pytest.raises(ValueError, match="need a `batch_size`"):
+        SpeechSampler(lengths, kinds=["asr"])
+
+
+def test_tasks_have_their_shares():
+    sampler = SpeechSampler([1.0] * 400, sizes=[200, 200], weights=[3, 1], batch_size=4, kinds=["asr", "tts"])
+    order = [index for _, index in sampler]
+    assert len(order) == 400 and sum(index < 200 for index in order) == 300
+
+
+def test_texts_and_spectrograms(speaking_tiny, speech_clips):
+    model, processor = speaking_tiny
+    examples = [{"audio": clip["array"], "text": clip["text"]} for clip in speech_clips[:3]]
+    batch = SynthesisCollator(processor)(examples)
+    lengths = [len(example["audio"]) // 160 for example in examples]
+    assert batch["labels"].shape == (3, max(lengths), 80)
+    assert ((batch["labels"] != -100).all(-1).sum(-1)).tolist() == lengths
+    spoken = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
+    assert spoken == [example["text"] for example in examples]
+    assert torch.isfinite(model(**batch).loss)
+
+    tasks = TaskCollator({"asr": TranscriptionCollator(processor), "tts": SynthesisCollator(processor)})
+    as_tasks = [{**example, "task": "tts"} for example in examples]
+    assert torch.equal(tasks(as_tasks)["labels"], batch["labels"])
+    with pytest.raises(ValueError, match=r"one task, got \['asr', 'tts'\]"):
+        tasks([{**examples[0], "task": "asr"}, as_tasks[1]])
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_run_teaches_both_and_one_checkpoint_loads_as_either(script, folder, speech_clips, tmp_path, caplog):  # noqa: F811
+    output = tmp_path / "both"
+    evaluation = ["--eval_data", folder, "--eval_strategy", "epoch"]
+    train(script, *words(folder, output, *BOTH, *evaluation, "--num_train_epochs", "10", "--spec_augment"))
+    history = log_history(output)
+    for name in ("asr_loss", "tts_loss"):
+        curve = [entry[name] for entry in history if name in entry]
+        assert len(curve) == 30 and np.mean(curve[-5:]) < 0.9 * np.mean(curve[:5])
+    assert {"tts_before", "tts_after", "tts_kl", "tts_stop", "tts_mean_error"} <= set().union(*history)
+    evaluations = [entry for entry in history if "eval_tts_loss" in entry]
+    assert len(evaluations) >= 10 and evaluations[-1]["eval_tts_loss"] < evaluations[0]["eval_tts_loss"]
+    assert "eval_tts_stop" in evaluations[0] and any("eval_asr_wer" in entry for entry in history)
+
+    caplog.clear()
+    transformers_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        reader = AutoModelForSpeechSeq2Seq.from_pretrained(str(output))
+        speaker = AutoModelForTextToWaveform.from_pretrained(str(output))
+    transformers_logging.disable_propagation()
+    assert not caplog.records, caplog.text
+    processor = AutoProcessor.from_pretrained(str(output))
+    inputs = processor(audio=speech_clips[0]["array"])
+    read = [model.generate(**inputs, max_new_tokens=8) for model in (reader, speaker)]
+    assert torch.equal(*read)
+    recogniser = pipeline("automatic-speech-recognition", model=str(output))
+    assert isinstance(recogniser(speech_clips[0]["array"], generate_kwargs={"max_new_tokens": 8})["text"], str)
+    said = pipeline("text-to-speech", model=str(output))("Hello.", forward_params={"max_seconds": 0.3})
+    assert said["sampling_rate"] == 16000 and np.isfinite(said["audio"]).all()
+
+
+def test_weights_of_tasks_and_of_sources(script, folder, tmp_path):  # noqa: F811
+    def shares(*more):
+        run = script.prepare(words(folder, tmp_path / "run", *BOTH, *more))
+        data = run.trainer.train_dataset.data
+        tasks = [data[index]["task"] for _, index in run.trainer.train_sampler]
+        return {task: tasks.count(task) for task in set(tasks)}
+
+    assert shares() == {"asr": 12, "tts": 12}
+    assert shares("--task_weights", "3", "1", "--per_device_train_batch_size", "2") == {"asr": 18, "tts": 6}
+    # The folder twice, once for reading alone
+    assert shares("--train_data", folder, f"{folder},task=asr") == {"asr": 24, "tts": 12}
+    weighted = ("--train_data", f"{folder},weight=1", f"{folder},task=asr,weight=2", "--task_weights", "1", "2")
+    assert shares(*weighted) == {"asr": 12, "tts": 24}
+
+
+def test_speech_alone_on_the_device(script, folder, tmp_path):  # noqa: F811
+    curves = []
+    for name, more in (("workers", []), ("device", ["--features_on_device"])):
+        arguments = ["--tasks", "tts", *SCRATCH, *SPEECH, "--max_steps", "3", "--eval_data", folder, *more]
+        run = train(script, *words(folder, tmp_path / name, *arguments))
+        assert isinstance(run.trainer.model, MelLLMForTextToSpeech)
+        curves.append(list(losses(tmp_path / name).values()))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert "eval_tts_loss" in json.loads((tmp_path / "device" / "training_summary.json").read_text())["metrics"]
+
+
+def test_a_reader_learns_to_speak_and_a_speaker_that_reads_on_keeps_its_voice(script, folder, tiny_folder, tmp_path):  # noqa: F811
+    speaker = tmp_path / "speaker"
+    arguments = ["--model_name_or_path", tiny_folder, "--tasks", "tts", *SPEECH, "--max_steps", "2"]
+    train(script, *words(folder, speaker, *arguments))
+    model = AutoModelForTextToWaveform.from_pretrained(str(speaker))
+    before = AutoModelForSpeechSeq2Seq.from_pretrained(tiny_folder)
+    assert torch.equal(
+        model.model.audio_embedder.normalizer.global_mean, before.model.audio_embedder.normalizer.global_mean
+    )
+
+    reader = tmp_path / "reader"
+    train(script, *words(folder, reader, "--model_name_or_path", str(speaker), "--max_steps", "2"))
+    again = AutoModelForTextToWaveform.from_pretrained(str(reader))
+    for name, value in model.speech_head.state_dict().items():
+        assert torch.equal(again.speech_head.state_dict()[name], value), name
+    with pytest.raises(ValueError, match=r"--speech_config is for new speech heads"):
+        script.prepare(words(folder, tmp_path / "x", "--model_name_or_path", str(speaker), "--tasks", "tts", *SPEECH))
+
+
+def test_adapters_that_speak(script, folder, tiny_folder, tmp_path):  # noqa: F811
+    output = tmp_path / "lora"
+    more = ["--model_name_or_path", tiny_folder, "--tasks", "asr,tts", *SPEECH, "--lora", "small", "--max_steps", "4"]
+    run = train(script, *words(folder, output, *more))
+    trained = run.trainer.model.eval()
+    assert not any(p.requires_grad for n, p in trained.named_parameters() if n.endswith("embed_tokens.weight"))
+    inputs = run.processor.apply_speech_request("Hello.")
+    options = {"max_seconds": 0.3, "seed": 3, "return_dict_in_generate": True}
+    expected = trained.generate(**inputs, **options).spectrogram[0]
+    from peft import PeftModel
+
+    base = AutoModelForTextToWaveform.from_pretrained(str(output / "base"))
+    again = PeftModel.from_pretrained(base, str(output)).eval()
+    torch.testing.assert_close(again.generate(**inputs, **options).spectrogram[0], expected)
+
+
+def test_a_trained_vocoder_is_put_in(script, folder, tmp_path):  # noqa: F811
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_layers": 1}
+    for padding in (120, 0):
+        extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=padding)
+        config = MelLLMVocoderConfig.from_feature_extractor(extractor, vocoder_type="istft", vocoder_kwargs=sizes)
+        MelLLMVocoder(config).save_pretrained(tmp_path / f"vocoder{padding}")
+    arguments = ["--tasks", "tts", *SCRATCH, *SPEECH, "--max_steps", "1"]
+    train(script, *words(folder, tmp_path / "run", *arguments, "--vocoder", str(tmp_path / "vocoder120")))
+    model = AutoModelForTextToWaveform.from_pretrained(str(tmp_path / "run"))
+    put_in = MelLLMVocoder.from_pretrained(tmp_path / "vocoder120")
+    for name, value in put_in.state_dict().items():
+        assert torch.equal(model.vocoder.state_dict()[name], value), name
+    with pytest.raises(ValueError, match=r"is for features with edge_padding 0 \(here 120\)"):
+        script.prepare(words(folder, tmp_path / "x", *arguments, "--vocoder", str(tmp_path / "vocoder0")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_data", "FOLDER,task=tts"], "is for tts, which is not among --tasks"),
+        (["--train_data", "FOLDER,task=sing"], "`task` must be one of asr, tts"),
+        (["--tasks", "asr,tts", "--train_data", "FOLDER,streaming=true", "--max_steps", "1"], "one task at a time"),
+        (["--tasks", "asr,tts", "--train_data", "FOLDER,task=asr"], "left to use for tts"),
+        (["--tasks", "tts", "--speech_config", '{"flux": 1}'], "no field flux"),
+        (["--tasks", "tts", "--speech_preset", "large"], "one of paper, small"),
+        (["--vocoder", "none"], "add --tasks tts"),
+    ],
+)
+def test_what_cannot_work_is_told_before_training(script, folder, tmp_path, arguments, message):  # noqa: F811
+    arguments = [argument.replace("FOLDER", folder) for argument in arguments]
+    with pytest.raises(ValueError, match=message):
+        script.prepare(words(folder, tmp_path / "run", *SCRATCH, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "asr,sing"], "--tasks must be one or several of asr, tts, got asr sing"),
+        (["--tasks", "asr", "asr"], "--tasks must be"),
+        (["--tasks", "asr,tts", "--task_weights", "1"], "--task_weights must be a positive number for each"),
+        (["--tasks", "tts", "--speed_factors", "0.9"], "--speed_factors is for reading"),
+        (["--tasks", "asr,tts", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor is for tokens"),
+    ],
+)
+def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        script.parse_arguments(words(folder, tmp_path, *arguments))
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def speaking_tiny(tokenizer):
+    extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
+    return build_tiny(
+        tokenizer,
+        feature_extractor=extractor,
+        speech_config=MelLLMSpeechConfig.from_preset("small", head_hidden_size=16, postnet_channels=8),
+        vocoder_config=MelLLMVocoderConfig.from_feature_extractor(extractor, num_iterations=2),
+    )
