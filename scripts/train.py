@@ -63,6 +63,7 @@ from mel_llm.training import (
     TranscriptionCollator,
     compute_feature_statistics,
     count_parameters,
+    count_unspellable,
     freeze,
     last_checkpoint,
     load_source,
@@ -200,6 +201,18 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
         if not any(selection.seconds for selection in selections if selection.task == task):
             raise ValueError(f"No clip of the {what} data is left to use for {task}; the reasons are above.")
     return selections, reports
+
+
+def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfig) -> None:
+    rate = audio_config.frame_rate / audio_config.reduction_factor * audio_config.ctc_rate
+    for selection in selections:
+        places = [int(seconds * rate) for seconds in selection.seconds]
+        count = count_unspellable(selection.rows["text"], places) if selection.task == "asr" else 0
+        if count:
+            logger.warning(
+                f"CTC learns nothing from {count} of {len(places)} clips of {selection.source.place}: they have more letters "
+                f"than the {rate:g} places a second that the head has. Raise `ctc_rate` in --audio_config."
+            )
 
 
 def rows_of(selections: list[Selection]):
@@ -520,9 +533,9 @@ def prepare(argv: list[str]) -> Run | None:
         )
         longest = max(lengths)
     if eval_sources:
-        selections, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
+        chosen, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
         eval_sets = {
-            task: SpeechDataset(rows_of([selection for selection in selections if selection.task == task]), rate)
+            task: SpeechDataset(rows_of([selection for selection in chosen if selection.task == task]), rate)
             for task in data_args.tasks
         }
         eval_set = eval_sets if len(eval_sets) > 1 else eval_sets[data_args.tasks[0]]
@@ -533,6 +546,10 @@ def prepare(argv: list[str]) -> Run | None:
         audio_config.max_audio_seconds = float(longest)
     else:
         audio_config.max_audio_seconds = max(audio_config.max_audio_seconds, float(longest))
+    if training_args.ctc_only_steps and audio_config.ctc_weight == 0:
+        raise ValueError("--ctc_only_steps needs a CTC head: --audio_config '{\"ctc_weight\": 0.3}'.")
+    if audio_config.ctc_weight > 0 and not streaming:
+        tell_unspellable(selections, audio_config)
     if model_args.lora is not None:
         needs_base = is_new or (checkpoint is None and is_changed(model, model_args))
         model = add_lora(model, processor, model_args, training_args, needs_base)
@@ -543,7 +560,10 @@ def prepare(argv: list[str]) -> Run | None:
     later = data_args.features_on_device
     collators = {
         "asr": TranscriptionCollator(
-            processor, spec_augment=SpecAugment() if data_args.spec_augment else None, features_later=later
+            processor,
+            spec_augment=SpecAugment() if data_args.spec_augment else None,
+            features_later=later,
+            spell=audio_config.ctc_weight > 0,
         ),
         "tts": SynthesisCollator(processor, features_later=later),
     }
@@ -560,6 +580,7 @@ def prepare(argv: list[str]) -> Run | None:
         processing_class=processor,
         compute_metrics=compute_metrics,
         train_sampler=sampler,
+        ctc_only_steps=training_args.ctc_only_steps,
     )
     length = length_of(training_args, model_args, data_args)
     return Run(trainer, processor, checkpoint, model_args.merge_lora, length, reports, counts)

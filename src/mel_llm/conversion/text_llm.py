@@ -15,7 +15,7 @@ from transformers import (
 
 from ..configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
 from ..feature_extraction_mel_llm import MelLLMFeatureExtractor
-from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMForSpeechSeq2Seq, MelLLMProjector
+from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMForSpeechSeq2Seq, MelLLMProjector
 from ..modeling_mel_llm_speech import MelLLMForTextToSpeech
 from ..processing_mel_llm import MelLLMProcessor
 from ..speech_heads_mel_llm import MelLLMSpeechHead
@@ -175,6 +175,9 @@ def from_text_llm(
     with head.weight.device:
         model.model.audio_embedder = MelLLMAudioEmbedder(model.model.audio_embedder.config)
         model.model.multi_modal_projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
+        if model.ctc_head is not None:
+            model.ctc_head = MelLLMCTCHead(config)
+            model._init_weights(model.ctc_head.proj)
         if config.speech_config is not None:
             model.speech_head = MelLLMSpeechHead(config)
             for module in model.speech_head.modules():
@@ -183,6 +186,8 @@ def from_text_llm(
             model.vocoder = build_vocoder(config.vocoder_config)
     if config.speech_config is not None:
         model.speech_head.to(text_model.dtype)
+    if model.ctc_head is not None:
+        model.ctc_head.to(text_model.dtype)
     model.model.audio_embedder.to(text_model.dtype)
     model.model.multi_modal_projector.to(text_model.dtype)
     _check_same_scores(model, text_model)

@@ -2,6 +2,7 @@
 
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
+from .ctc import count_unspellable, ctc_bytes
 from .dataset import SpeechDataset, stream_examples
 from .lora import LORA_PRESETS, count_parameters, freeze, lora_config
 from .report import DataReport, select_clips
@@ -31,6 +32,8 @@ __all__ = [
     "VocoderTrainingArguments",
     "compute_feature_statistics",
     "count_parameters",
+    "count_unspellable",
+    "ctc_bytes",
     "freeze",
     "last_checkpoint",
     "load_source",

@@ -117,6 +117,9 @@ class DataArguments:
 class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the defaults that speech needs."""
 
+    ctc_only_steps: int = field(
+        default=0, metadata={"help": "Steps at first in which reading is learnt from the CTC head's loss alone."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Checkpoints and the trained model go here."})
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or share of all steps if below 1."})

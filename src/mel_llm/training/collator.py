@@ -8,6 +8,7 @@ import torch
 
 from ..processing_mel_llm import MelLLMProcessor
 from .augmentation import SpecAugment
+from .ctc import ctc_bytes
 
 
 @dataclass
@@ -25,6 +26,7 @@ class TranscriptionCollator:
             that [`SpeechDataset`] makes for training do.
         features_later (`bool`, defaults to `False`): Leave the waveforms in the batch, for [`SpeechTrainer`] to make
             the features on the model's device.
+        spell (`bool`, defaults to `False`): Add `ctc_labels` `(batch, letters)` for a model with a CTC head.
     """
 
     processor: MelLLMProcessor
@@ -32,6 +34,7 @@ class TranscriptionCollator:
     text_column: str = "text"
     spec_augment: SpecAugment | None = None
     features_later: bool = False
+    spell: bool = False
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_features` `(batch, frames, num_mel_bins)`, `attention_mask` `(batch, frames)`
@@ -51,6 +54,9 @@ class TranscriptionCollator:
             "augment_seeds": [example.get("augment_seed") for example in examples],
             "labels": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100),
         }
+        if self.spell:
+            letters = [torch.tensor(ctc_bytes(example[self.text_column]), dtype=torch.long) for example in examples]
+            batch["ctc_labels"] = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True, padding_value=-100)
         return batch if self.features_later else self.finish(batch)
 
     @functools.cached_property
