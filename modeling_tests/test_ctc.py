@@ -67,18 +67,18 @@ def test_the_loss_is_that_of_each_clip_alone(spelling, speech_clips):
 def test_without_letters_nothing_changes(spelling, tiny, speech_clips):
     model, processor = spelling
     batch = batch_of(processor, speech_clips[:2])
-    letters = batch.pop("ctc_labels")
+    letters = batch.pop("transcript_bytes")
     assert model(**batch).ctc_loss is None
     plain, _ = tiny
-    assert plain.ctc_head is None and plain(**batch, ctc_labels=letters).ctc_loss is None
-    tokens = [model.generate(**batch, **more, max_new_tokens=4) for more in ({}, {"ctc_labels": letters})]
+    assert plain.ctc_head is None and plain(**batch, transcript_bytes=letters).ctc_loss is None
+    tokens = [model.generate(**batch, **more, max_new_tokens=4) for more in ({}, {"transcript_bytes": letters})]
     assert torch.equal(*tokens)
 
 
 def test_a_transcript_that_does_not_fit_is_worth_nothing(spelling, speech_clips):
     model, processor = spelling
     batch = batch_of(processor, speech_clips[:1])
-    batch["ctc_labels"] = torch.full((1, 5000), 97)
+    batch["transcript_bytes"] = torch.full((1, 5000), 97)
     output = model(**batch)
     assert output.ctc_loss == 0 and torch.isfinite(output.loss)
     output.loss.backward()

@@ -110,7 +110,7 @@ class MelLLMAudioConfig(PreTrainedConfig):
         bidirectional_attention (`bool`, defaults to `False`): Let the audio tokens of one clip see each other in both
             directions inside the language model (ours; the paper's attention is causal).
         ctc_weight (`float`, defaults to 0.0): With more than 0, the states of the audio tokens also spell the transcript,
-            byte by byte, through a CTC head, and this times its loss joins the cross-entropy where `ctc_labels` are given
+            byte by byte, through a CTC head, and this times its loss joins the cross-entropy where `transcript_bytes` are given
             (ours; a push to listen that the cross-entropy lacks on little data).
         ctc_layer (`int`, *optional*): Layers of the language model below that head; two thirds of them when not given.
         ctc_rate (`int`, defaults to 1): Letters that the head may write for an audio token. English has some 15 a second.

@@ -692,7 +692,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        ctc_labels: torch.LongTensor | None = None,
+        transcript_bytes: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -710,7 +710,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             labels (`torch.Tensor`, *optional*): Beside `input_ids`, `(batch, tokens)` and aligned with them, -100 at
                 places that do not count. Without, the transcript alone, `(batch, transcript tokens)`, padded on the
                 right with -100; the end-of-text token is added where the tokenizer has not.
-            ctc_labels (`torch.Tensor` of shape `(batch, letters)`, *optional*): The transcript's bytes, 1 to 255, padded
+            transcript_bytes (`torch.Tensor` of shape `(batch, letters)`, *optional*): The transcript's bytes, 1 to 255, padded
                 on the right with -100, for a model with a CTC head; only beside a transcript given as labels. See
                 [`mel_llm.training.ctc_bytes`].
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute the logits of the last so many tokens (0
@@ -727,7 +727,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         if input_ids is None and inputs_embeds is None and input_features is not None:
             mask = input_features_mask if input_features_mask is not None else attention_mask
             kwargs.pop("decoder_input_ids", None)  # made by stock collators; the labels say it all
-            return self._forward_transcription(input_features, mask, labels, ctc_labels, **kwargs)
+            return self._forward_transcription(input_features, mask, labels, transcript_bytes, **kwargs)
 
         outputs = self.model(
             input_ids=input_ids,
@@ -760,7 +760,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         )
 
     def _forward_transcription(
-        self, input_features, mask, labels, ctc_labels=None, **kwargs
+        self, input_features, mask, labels, transcript_bytes=None, **kwargs
     ) -> MelLLMCausalLMOutputWithPast:
         """`forward` for audio and its transcript: default prompt, audio, transcript."""
         if labels is None:
@@ -780,7 +780,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         labels = self._append_end_of_text(labels.to(prompt_ids.device))
         is_text = labels != -100
         attention_mask = torch.cat([prompt_mask, is_text.to(prompt_mask.dtype)], dim=1)
-        spells = ctc_labels is not None and self.ctc_head is not None
+        spells = transcript_bytes is not None and self.ctc_head is not None
         wants_states = kwargs.pop("output_hidden_states", None)
         outputs = self.model(
             input_ids=torch.cat([prompt_ids, labels.masked_fill(~is_text, self.config.pad_token_id)], dim=1),
@@ -807,7 +807,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             total = weights.sum() if kwargs.get("num_items_in_batch") is None else kwargs["num_items_in_batch"]
             places = prompt_ids == self.config.audio_token_id
             states = outputs.hidden_states[self.ctc_head.layer]
-            ctc = self.ctc_head.loss(states[:, : prompt_ids.shape[1]], places, ctc_labels.to(states.device))
+            ctc = self.ctc_head.loss(states[:, : prompt_ids.shape[1]], places, transcript_bytes.to(states.device))
             output.ctc_loss = (ctc * weights).sum() / torch.as_tensor(total, device=ctc.device)
             output.losses = {"text": loss.detach(), "ctc": output.ctc_loss.detach()}
             output.hidden_states = outputs.hidden_states if wants_states else None

@@ -26,7 +26,7 @@ class TranscriptionCollator:
             that [`SpeechDataset`] makes for training do.
         features_later (`bool`, defaults to `False`): Leave the waveforms in the batch, for [`SpeechTrainer`] to make
             the features on the model's device.
-        spell (`bool`, defaults to `False`): Add `ctc_labels` `(batch, letters)` for a model with a CTC head.
+        spell (`bool`, defaults to `False`): Add `transcript_bytes` `(batch, letters)` for a model with a CTC head.
     """
 
     processor: MelLLMProcessor
@@ -56,7 +56,7 @@ class TranscriptionCollator:
         }
         if self.spell:
             letters = [torch.tensor(ctc_bytes(example[self.text_column]), dtype=torch.long) for example in examples]
-            batch["ctc_labels"] = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True, padding_value=-100)
+            batch["transcript_bytes"] = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True, padding_value=-100)
         return batch if self.features_later else self.finish(batch)
 
     @functools.cached_property
