@@ -356,6 +356,12 @@ def is_changed(model, model_args: ModelArguments) -> bool:
     return model_args.vocoder is not None or (before.speech_config is None) != (model.config.speech_config is None)
 
 
+def has_statistics(model) -> bool:
+    """Whether the normalisation was ever measured; a Mel-LLM that was only converted comes without."""
+    normalizer = model.model.audio_embedder.normalizer
+    return bool((normalizer.global_mean != 0).any() or (normalizer.global_invstd != 1).any())
+
+
 def set_statistics(model, processor, examples, num_clips: int) -> None:
     """Measures the normalisation of a new model on clips spread over the data."""
     generator = torch.Generator().manual_seed(0)
@@ -515,7 +521,8 @@ def prepare(argv: list[str]) -> Run | None:
             data_args.shuffle_buffer,
         )
         longest = data_args.max_seconds
-        measured = list(train_set.take(min(200, data_args.statistics_clips))) if is_new else []
+        is_untrained = is_new or not has_statistics(model)
+        measured = list(train_set.take(min(200, data_args.statistics_clips))) if is_untrained else []
         # Each process reads a part of its own; one that reads for all needs batches of one shape
         training_args.accelerator_config.dispatch_batches = False
     else:
@@ -541,7 +548,7 @@ def prepare(argv: list[str]) -> Run | None:
         eval_set = eval_sets if len(eval_sets) > 1 else eval_sets[data_args.tasks[0]]
 
     audio_config = model.config.audio_config
-    if is_new:
+    if is_new or not has_statistics(model):
         set_statistics(model, processor, measured, data_args.statistics_clips)
         audio_config.max_audio_seconds = float(longest)
     else:

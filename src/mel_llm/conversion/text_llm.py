@@ -129,6 +129,7 @@ def from_text_llm(
 
     if isinstance(text_model, PreTrainedConfig):
         text_model = AutoModelForCausalLM.from_config(text_model)
+    _forget_gguf(text_model)
     decoder, head = _decoder_and_head(text_model)
     if text_model.get_input_embeddings().num_embeddings < len(tokenizer):
         text_model.resize_token_embeddings(len(tokenizer))
@@ -192,6 +193,18 @@ def from_text_llm(
     model.model.multi_modal_projector.to(text_model.dtype)
     _check_same_scores(model, text_model)
     return model.train(text_model.training), processor
+
+
+def _forget_gguf(text_model: PreTrainedModel) -> None:
+    """Weights read from a GGUF file are ordinary ones by now, but still called quantized: nobody would train them."""
+    quantization = getattr(text_model.config, "quantization_config", None)
+    fields = quantization if isinstance(quantization, dict) or quantization is None else quantization.to_dict()
+    if fields is None or "gguf" not in str(fields.get("quant_method")).lower():
+        return
+    del text_model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(text_model, name):
+            setattr(text_model, name, False if name == "is_quantized" else None)
 
 
 def _decoder_and_head(text_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
