@@ -16,11 +16,12 @@ import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoProcessor, HfArgumentParser
+from transformers import AutoConfig, AutoProcessor, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMForTextToSpeech, MelLLMVocoder, MelLLMVocoderConfig
@@ -31,6 +32,7 @@ from mel_llm.evaluation import (
     ReferenceSpeech,
     SpeechEvaluation,
     SpeechSystem,
+    Utterance,
     choose_voices,
     get_text_normalizer,
     load_mos,
@@ -135,6 +137,9 @@ class EvaluationArguments:
 
 
 def load_model(name: str, arguments: EvaluationArguments) -> ModelSpeech:
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "mel_llm":
+        raise ValueError(f"--model {name} is no Mel-LLM but of the type {config.model_type!r}.")
     processor = AutoProcessor.from_pretrained(name)
     model = MelLLMForTextToSpeech.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
     options = {key: getattr(arguments, key) for key in ("temperature", "stop_threshold", "max_seconds", "min_seconds")}
@@ -163,19 +168,25 @@ def load_vocoder(name: str, device: str) -> CopySynthesis:
     return CopySynthesis(vocoder.to(device), f"copy: {name}", describe_folder(name))
 
 
-def load_systems(arguments: EvaluationArguments) -> list[SpeechSystem]:
-    """The bounds first."""
-    systems: list[SpeechSystem] = [ReferenceSpeech()] if arguments.reference else []
-    systems += [load_vocoder(name, arguments.device) for name in arguments.copy_synthesis]
-    systems += [AudioFolder(folder) for folder in arguments.audio]
-    return systems + [load_model(name, arguments) for name in arguments.model]
+def load_systems(arguments: EvaluationArguments, utterances: list[Utterance]) -> list[SpeechSystem]:
+    """The bounds first; each is checked before the next is loaded."""
+    makers = [ReferenceSpeech] if arguments.reference else []
+    makers += [partial(load_vocoder, name, arguments.device) for name in arguments.copy_synthesis]
+    makers += [partial(AudioFolder, folder) for folder in arguments.audio]
+    makers += [partial(load_model, name, arguments) for name in arguments.model]
+    systems = []
+    for make in makers:
+        systems.append(make())
+        systems[-1].check(utterances)
+    return systems
 
 
 def prepare(argv: list[str]) -> tuple[SpeechEvaluation, EvaluationArguments]:
     """Everything that can go wrong before anything is spoken: what is quick to find out first."""
     parser = HfArgumentParser(EvaluationArguments, description=__doc__.splitlines()[0])
     (arguments,) = parser.parse_args_into_dataclasses(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)  # and not the root: judges from outside would report on every file
     if not (arguments.model or arguments.reference or arguments.copy_synthesis or arguments.audio):
         raise ValueError("There is nothing to evaluate: give --model, --reference, --copy_synthesis or --audio.")
     folder = Path(arguments.output_dir)
@@ -191,6 +202,7 @@ def prepare(argv: list[str]) -> tuple[SpeechEvaluation, EvaluationArguments]:
     if arguments.speaker_encoder is not None and not recorded and arguments.voice_from == "none":
         raise ValueError("--speaker_encoder has no voice to compare with: give recordings as --data, or --voice_from.")
     voices = choose_voices(utterances, arguments.voice_from, arguments.voice_text, needs_text=bool(arguments.model))
+    systems = load_systems(arguments, utterances)
     encoder, mos = arguments.speaker_encoder, arguments.mos
     judges = make_judges(
         utterances,
@@ -199,7 +211,6 @@ def prepare(argv: list[str]) -> tuple[SpeechEvaluation, EvaluationArguments]:
         None if mos is None else load_mos(mos),
         arguments.mel_distance,
     )
-    systems = load_systems(arguments)
     evaluation = SpeechEvaluation(
         utterances, voices, systems, judges, folder, arguments.batch_size, arguments.keep_audio
     )
