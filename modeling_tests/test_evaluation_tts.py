@@ -1,6 +1,7 @@
 """Evaluation of speech: distances against what they are by definition, judges from outside, runs that are resumed."""
 
 import csv
+import io
 import json
 import sys
 
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
 from test_modeling_mel_llm_speech import build_speaking
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMVocoder, MelLLMVocoderConfig
@@ -281,7 +281,13 @@ def test_our_own_model_listens(tiny_folder, speech_clips):
 
 def test_any_model_of_the_pipeline_listens(tmp_path):
     """A tiny wav2vec 2.0 with CTC, on half a second and on more than a window."""
-    from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+    from transformers import (
+        Wav2Vec2Config,
+        Wav2Vec2CTCTokenizer,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2ForCTC,
+        pipeline,
+    )
 
     (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "a": 3, "b": 4}))
     tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), pad_token="<pad>", unk_token="<unk>")
@@ -304,8 +310,10 @@ def test_any_model_of_the_pipeline_listens(tmp_path):
         part.save_pretrained(folder)
     recognizer = load_recognizer(str(folder), device="cpu")
     noise = np.random.default_rng(0).standard_normal(31 * 16000).astype(np.float32)
-    assert set(recognizer(noise[:8000], 16000)) <= set("ab ")
-    assert set(recognizer(noise, 16000)) <= set("ab ")
+    plain = pipeline("automatic-speech-recognition", model=str(folder), device="cpu")
+    assert recognizer(noise[:8000], 16000) == plain(noise[:8000])["text"] != ""
+    windows = plain(noise, chunk_length_s=30.0, stride_length_s=5.0)["text"]
+    assert recognizer(noise, 16000) == windows
     with pytest.raises(ValueError, match="cannot be told a language"):
         load_recognizer(str(folder), language="en", device="cpu")
 
@@ -316,7 +324,7 @@ def test_judges_are_tried_before_the_work():
     def fails(audio, rate):
         raise RuntimeError("no weights")
 
-    with pytest.raises(ValueError, match=r"recogniser .*fails fails: RuntimeError: no weights"):
+    with pytest.raises(ValueError, match=r"recogniser .*fails \w+ fails: RuntimeError: no weights"):
         make_judges(texts, recognizer=fails)
     with pytest.raises(ValueError, match="must return a text, got int"):
         make_judges(texts, recognizer=lambda audio, rate: 3)
@@ -395,7 +403,7 @@ def test_one_table_for_people_vocoders_files_and_models(folder, speaking, tmp_pa
     spoken = tmp_path / "spoken"
     spoken.mkdir()
     for utterance in utterances:  # another rate, and half as loud
-        soundfile.write(spoken / f"{utterance.id}.flac", 0.5 * utterance.load(8000), 8000)
+        soundfile.write(spoken / f"{utterance.id}.flac", 0.5 * utterance.load(24000), 24000)
     judges = Judges(utterances)
     model, processor = speaking
     systems = [
@@ -505,7 +513,10 @@ def test_nothing_is_done_twice(folder, speaking, tmp_path, monkeypatch):
     victim = tmp_path / "out" / summary["folder"] / "clip1.wav"
     soundfile.write(victim, np.zeros(100), 16000)
     _, calls, num_spoken = run()
-    assert num_spoken == 1 and calls["asr"] == 1 and victim.read_bytes() == first["clip1.wav"]
+    assert num_spoken == 1 and calls["asr"] == 1
+    sound, before = soundfile.read(victim)[0], soundfile.read(io.BytesIO(first["clip1.wav"]))[0]
+    assert np.abs(sound - before).max() < 2e-3 * np.abs(before).max()  # alone now, and before in a batch
+    first["clip1.wav"] = victim.read_bytes()
 
     # Another seed goes elsewhere
     other_seed, _, num_spoken = run(seed=1)
@@ -622,8 +633,3 @@ def test_a_model_that_was_trained_on_is_another(tmp_path):
     (tmp_path / "weights").write_bytes(b"22")
     assert describe_folder(str(tmp_path)) != before
     assert describe_folder("some/hub-name") == "some/hub-name"
-
-
-def test_the_extra_names_what_the_built_in_judges_need():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert "tts-eval = [" in text
