@@ -29,6 +29,14 @@ def embed(audio, rate):
 
 
 @pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_tts", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
 def model_folder(tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("speaking") / "model"
     for part in build_speaking(tokenizer):
@@ -37,7 +45,7 @@ def model_folder(tokenizer, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_command_and_the_same_again(folder, model_folder, tmp_path):  # noqa: F811
+def test_a_command_and_the_same_again(script, folder, model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     (tmp_path / "judge.py").write_text(JUDGE)
     extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
     kwargs = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1}
@@ -66,18 +74,12 @@ def test_a_command_and_the_same_again(folder, model_folder, tmp_path):  # noqa: 
 
     sounds = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.wav")}
     assert len(sounds) == 9
-    second = run(SCRIPT, *words.split(), cwd=tmp_path)
-    assert second.returncode == 0 and second.stdout == first.stdout
+    monkeypatch.chdir(tmp_path)
+    evaluation, arguments = script.prepare(words.split())
+    assert script.report(evaluation.run(), evaluation, arguments)
+    assert capsys.readouterr().out == first.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.wav")} == sounds
     assert not list((tmp_path / "out").rglob(".partial*"))
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate_tts", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,7 @@ def script():
         ("--model {speaking} --voice_from {wav}", "word for word"),
         ("--reference --voice_from nowhere.wav", "there is no 'nowhere.wav'"),
         ("--reference --mos nisqa", "--mos must be"),
+        ("--model {speaking} --max_chars 3", "`max_chars` must be at least 20"),
         ("--audio nowhere", "no folder 'nowhere'"),
     ],
 )

@@ -108,6 +108,9 @@ class EvaluationArguments:
     max_seconds: float | None = field(default=None, metadata={"help": "Longest speech of a sentence."})
     min_seconds: float | None = field(default=None, metadata={"help": "Shortest speech of a sentence."})
     seed: int = field(default=0, metadata={"help": "Of every text's speech, and of the confidence intervals."})
+    max_chars: int = field(
+        default=200, metadata={"help": "Longer texts are spoken sentence by sentence, in one voice."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Texts that a model speaks at a time."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many utterances."})
     bootstrap_samples: int = field(default=1000, metadata={"help": "Of the confidence intervals."})
@@ -143,7 +146,9 @@ def load_model(name: str, arguments: EvaluationArguments) -> ModelSpeech:
     processor = AutoProcessor.from_pretrained(name)
     model = MelLLMForTextToSpeech.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
     options = {key: getattr(arguments, key) for key in ("temperature", "stop_threshold", "max_seconds", "min_seconds")}
-    return ModelSpeech(model, processor, name, describe_folder(name), seed=arguments.seed, **options)
+    return ModelSpeech(
+        model, processor, name, describe_folder(name), seed=arguments.seed, max_chars=arguments.max_chars, **options
+    )
 
 
 def load_vocoder(name: str, device: str) -> CopySynthesis:

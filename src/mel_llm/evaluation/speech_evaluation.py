@@ -111,6 +111,15 @@ class SpeechEvaluation:
         scores = {name: record["scores"][key] for name, key in keys.items() if key in record["scores"]}
         return {**record, "scores": scores}
 
+    def _measure_recording(self, record: dict, utterance: Utterance) -> bool:
+        """The reference's duration into the record, if it is not there or of another recording; whether it was not."""
+        key = utterance.recording_key
+        if key is None or record.get("recording") == key:
+            return False
+        record["recording"] = key
+        record["reference_seconds"] = len(utterance.load(EVALUATION_RATE)) / EVALUATION_RATE
+        return True
+
     # --- one batch --------------------------------------------------------------------------------------------------
 
     def _process(self, system: SpeechSystem, folder: Path, batch: list[int]) -> list[dict]:
@@ -136,10 +145,11 @@ class SpeechEvaluation:
         name = self.utterances[index].id
         return folder / f"{name}.json", folder / f"{name}.wav"
 
-    def _key(self, index: int) -> str:
-        voice = self.voices[index]
-        spoken = [self.utterances[index].text] + ([] if voice is None else [voice.name, voice.text])
-        return fingerprint(spoken)
+    def _key(self, system: SpeechSystem, index: int) -> str:
+        utterance, voice = self.utterances[index], self.voices[index]
+        if system.reads_recording:
+            return fingerprint(utterance.recording_key)
+        return fingerprint([utterance.text] + ([] if voice is None else [voice.key, voice.text]))
 
     def _read(self, system: SpeechSystem, folder: Path, index: int) -> dict | None:
         """What an earlier run wrote down, if it still holds; `None` if the speech must be made (or read) again."""
@@ -148,7 +158,7 @@ class SpeechEvaluation:
             return None  # its sound is read anyway, and tells whether the scores hold
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            holds = record["audio"]["key"] == self._key(index)
+            holds = record["audio"]["key"] == self._key(system, index)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if not holds:
@@ -176,7 +186,7 @@ class SpeechEvaluation:
         else:
             sha256 = hashlib.sha256(audio.tobytes()).hexdigest()
         record["audio"] = {
-            "key": self._key(index),
+            "key": self._key(system, index),
             "sha256": sha256,
             "seconds": len(audio) / speech.sampling_rate,
             "sampling_rate": speech.sampling_rate,
@@ -185,8 +195,6 @@ class SpeechEvaluation:
             "threads": None if speech.wall_seconds is None else torch.get_num_threads(),
             "stopped": speech.stopped,
         }
-        if utterance.has_recording:
-            record["reference_seconds"] = len(utterance.load(EVALUATION_RATE)) / EVALUATION_RATE
         record["scores"] = {}
         if not system.synthesises:
             record["scores"] = _scores_of(path, sha256)
@@ -203,6 +211,7 @@ class SpeechEvaluation:
         path, audio_path = self._paths(folder, index)
         utterance, voice = self.utterances[index], self.voices[index]
         errors = {}
+        has_changed = "error" not in record and self._measure_recording(record, utterance)
         unscored = [] if "error" in record else self._unscored(system, index, record)
         if unscored:
             try:
@@ -215,7 +224,7 @@ class SpeechEvaluation:
             except Exception as error:  # one recording that a judge chokes on must not end a night's work
                 logger.warning(f"{system.name}: {utterance.id}: {judge.name}: {error}")
                 errors[judge.name] = f"{type(error).__name__}: {error}"
-        if unscored:
+        if unscored or has_changed:
             write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         record["judge_errors"] = errors  # not written down: the next run tries again
         if system.synthesises and not self.keep_audio and not errors:

@@ -1,6 +1,6 @@
 """What is measured of an utterance: every judge by name, with what its score depends on."""
 
-import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -105,34 +105,35 @@ def _asr(recognizer: Recognizer) -> SpeechJudge:
 
 
 def _speaker(encoder: SpeakerEncoder) -> SpeechJudge:
-    @functools.lru_cache(maxsize=1024)
-    def embedding(name: str, index: int):
-        return encoder(sources[name].load(EVALUATION_RATE), EVALUATION_RATE)
+    embeddings: dict[str, np.ndarray] = {}  # of a voice that many texts are spoken in, once
 
-    sources: dict[str, Voice | Utterance] = {}
-
-    def target(utterance: Utterance, voice: Voice | None) -> str:
-        return utterance.id if voice is None else voice.name
+    def key(utterance: Utterance, voice: Voice | None) -> str:
+        return utterance.recording_key if voice is None else voice.key
 
     def score(audio: np.ndarray, utterance: Utterance, voice: Voice | None) -> dict:
-        name = target(utterance, voice)
-        sources[name] = utterance if voice is None else voice
-        similarity = cosine_similarity(encoder(audio, EVALUATION_RATE), embedding(name, 0))
-        return {"similarity": similarity, "to": name}
+        place = key(utterance, voice)
+        if place not in embeddings:
+            target = utterance if voice is None else voice
+            embeddings[place] = encoder(target.load(EVALUATION_RATE), EVALUATION_RATE)
+        similarity = cosine_similarity(encoder(audio, EVALUATION_RATE), embeddings[place])
+        return {"similarity": similarity, "to": utterance.id if voice is None else voice.name}
 
     def applies(system: SpeechSystem, utterance: Utterance, voice: Voice | None) -> bool:
         if voice is not None:
             return not (system.is_reference and voice.source is utterance)
         return utterance.has_recording and not system.is_reference
 
-    return SpeechJudge("speaker", describe_callable(encoder), applies, target, score)
+    return SpeechJudge("speaker", describe_callable(encoder), applies, key, score)
 
 
 def _mos(predictor: MOSPredictor) -> SpeechJudge:
     def score(audio: np.ndarray, utterance: Utterance, voice: Voice | None) -> dict:
         result = predictor(audio, EVALUATION_RATE)
         named = {f"mos_{key}": value for key, value in result.items()} if isinstance(result, dict) else {"mos": result}
-        return {key: float(value) for key, value in named.items()}
+        scores = {key: float(value) for key, value in named.items()}
+        if not all(math.isfinite(value) for value in scores.values()):
+            raise ValueError(f"the score is not finite: {scores}")
+        return scores
 
     return SpeechJudge("mos", describe_callable(predictor), lambda *_: True, lambda *_: "", score)
 
@@ -151,7 +152,7 @@ def _mel(utterances: Sequence[Utterance]) -> SpeechJudge:
         "mel",
         f"MCD over cepstra 1 to 13 of 80 log-mel bins and mel L1 in deviations, warped {fingerprint(std.tolist())}",
         lambda system, utterance, voice: utterance.has_recording and not system.is_reference,
-        lambda *_: "",
+        lambda utterance, voice: utterance.recording_key,
         lambda audio, utterance, voice: distance(audio, utterance.load(EVALUATION_RATE)),
     )
 

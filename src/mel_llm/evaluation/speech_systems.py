@@ -43,12 +43,14 @@ class SpeechSystem:
         settings (`dict`): Everything that its speech depends on but the text and the voice; JSON's types.
         synthesises (`bool`): Whether speech is made, kept and timed, or is there already.
         is_reference (`bool`): Whether it is the reference itself, to which it is not compared.
+        reads_recording (`bool`): Whether its speech depends on the recording and not on the text.
     """
 
     name: str
     settings: dict
     synthesises = True
     is_reference = False
+    reads_recording = False
 
     @property
     def folder_name(self) -> str:
@@ -105,6 +107,8 @@ class CopySynthesis(SpeechSystem):
         description (`str`): Of its weights; see [`describe_folder`].
     """
 
+    reads_recording = True
+
     def __init__(self, vocoder, name: str, description: str = ""):
         self.vocoder, self.name = vocoder.eval(), name
         config = {key: getattr(vocoder.config, key) for key in ("vocoder_type", "vocoder_kwargs", "feature_config")}
@@ -154,42 +158,53 @@ class AudioFolder(SpeechSystem):
 
 
 class ModelSpeech(SpeechSystem):
-    """A Mel-LLM that speaks. Long texts go sentence by sentence, as in [`iter_speech`]; the others in batches.
+    """A Mel-LLM that speaks: texts as they are, in batches, and longer ones sentence by sentence, as in [`iter_speech`].
 
     Args:
         model ([`MelLLMForTextToSpeech`]), processor ([`MelLLMProcessor`]): The model, with a vocoder.
         name (`str`): In tables.
         description (`str`): Of its weights; see [`describe_folder`].
         seed (`int`, defaults to 0): Of every text.
+        max_chars (`int`, defaults to 200): Texts of more characters are cut.
         generate_kwargs: For `generate()`: `temperature`, `stop_threshold`, `max_seconds`, `min_seconds`.
 
     Raises:
         ValueError: It has no vocoder.
     """
 
-    def __init__(self, model, processor, name: str, description: str = "", seed: int = 0, **generate_kwargs):
+    def __init__(
+        self,
+        model,
+        processor,
+        name: str,
+        description: str = "",
+        seed: int = 0,
+        max_chars: int = 200,
+        **generate_kwargs,
+    ):
         if getattr(model, "vocoder", None) is None:
             raise ValueError(
                 f"--model {name} has no vocoder (`config.vocoder_config` is None), so it makes no waveform."
             )
         self.model, self.processor, self.name = model.eval(), processor, name
         self.kwargs = {key: value for key, value in generate_kwargs.items() if value is not None}
-        self.seed = seed
+        self.seed, self.max_chars = seed, max_chars
+        split_sentences("a", max_chars)  # raises if that is too few
         dtype = str(model.dtype).removeprefix("torch.")
-        self.settings = {"kind": "model", "weights": description, "seed": seed, "dtype": dtype, **self.kwargs}
+        self.settings = {"kind": "model", "weights": description, "seed": seed, "max_chars": max_chars, "dtype": dtype}
+        self.settings.update(self.kwargs)
         self._is_warm = False
 
     def check(self, utterances: Sequence[Utterance]) -> None:
         for utterance in utterances:
             try:
-                split_sentences(utterance.text)
+                split_sentences(utterance.text, self.max_chars)
             except ValueError as error:
                 raise ValueError(f"--model {self.name}: {utterance.id} cannot be spoken: {error}") from None
 
     def make(self, utterances: Sequence[Utterance], voices: Sequence[Voice | None]) -> list[Speech | Exception]:
         pairs = list(zip(utterances, voices, strict=True))
-        # A voice's own words come before the text, and cannot be cut with it
-        is_long = [len(split_sentences(utterance.text)) > 1 for utterance in utterances]
+        is_long = [len(utterance.text) > self.max_chars for utterance in utterances]
         short = [pair for pair, long in zip(pairs, is_long, strict=True) if not long]
         spoken = iter(self._speak(short) if short else [])
         return [self._try_long(*pair) if long else next(spoken) for pair, long in zip(pairs, is_long, strict=True)]
@@ -231,7 +246,15 @@ class ModelSpeech(SpeechSystem):
         try:
             request = self._request(voice)
             started = time.perf_counter()
-            sentences = iter_speech(listener, self.processor, utterance.text, **request, seed=self.seed, **self.kwargs)
+            sentences = iter_speech(
+                listener,
+                self.processor,
+                utterance.text,
+                max_chars=self.max_chars,
+                seed=self.seed,
+                **request,
+                **self.kwargs,
+            )
             audio = torch.cat([samples for _, samples in sentences]).numpy()
         except (ValueError, RuntimeError, OSError) as error:
             return error

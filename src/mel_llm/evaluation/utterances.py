@@ -1,5 +1,7 @@
 """Texts to be spoken, with their recordings where there are any."""
 
+import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 from ..training.dataset import load_clip
 from ..training.report import clip_duration
 from ..training.sources import AUDIO_COLUMNS, TEXT_COLUMNS, SpeechSource, _rows, load_source
+from .plugins import fingerprint
 
 
 _TABLES = (".csv", ".tsv", ".json", ".jsonl")
@@ -35,6 +38,18 @@ class Utterance:
     @property
     def has_recording(self) -> bool:
         return self.source is not None
+
+    @property
+    def recording_key(self) -> str | None:
+        """Another one if the recording is: its name, and the size and time of its file."""
+        if self.source is None:
+            return None
+        row = self.source[self.index]
+        audio = row["audio"]
+        if audio.get("bytes") is not None:
+            return hashlib.sha256(audio["bytes"]).hexdigest()[:8]
+        stat = os.stat(audio["path"])
+        return fingerprint([self.id, row.get("offset"), row.get("duration"), stat.st_size, stat.st_mtime_ns])
 
     def load(self, sampling_rate: int) -> np.ndarray:
         """The recording, `(samples,)`, float32.

@@ -1,5 +1,6 @@
 """In whose voice each text is to be spoken, and to whom the speech is then compared."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ class Voice:
         name (`str`): Its utterance's id, or its file.
         text (`str`, *optional*): What is said in it, word for word.
         source: The utterance or the file.
+        key (`str`): Another one if the recording is.
     """
 
     name: str
     text: str | None
     source: "Utterance | str"
+    key: str
 
     def load(self, sampling_rate: int) -> np.ndarray:
         """The recording, `(samples,)`, float32."""
@@ -65,7 +68,7 @@ def choose_voices(
         if not voice.has_recording or (needs_text and not voice.text):
             missing = "recording" if not voice.has_recording else "transcript"
             raise ValueError(f"--voice_from {choice}: {voice.id} has no {missing}.")
-    return [Voice(voice.id, voice.text, voice) for voice in voices]
+    return [Voice(voice.id, voice.text, voice, voice.recording_key) for voice in voices]
 
 
 def _from_file(path: str, text: str | None, needs_text: bool) -> Voice:
@@ -82,7 +85,7 @@ def _from_file(path: str, text: str | None, needs_text: bool) -> Voice:
             f"--voice_from {path}: say word for word what is said in it, with --voice_text or in {beside}."
         )
     load_audio(str(file))  # an error here and not after the model was loaded
-    return Voice(file.name, text, str(file))
+    return Voice(file.name, text, str(file), hashlib.sha256(file.read_bytes()).hexdigest()[:8])
 
 
 __all__ = ["VOICE_CHOICES", "Voice", "choose_voices"]
