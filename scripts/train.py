@@ -52,6 +52,7 @@ from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.training import (
     LORA_PRESETS,
     TASKS,
+    RecordingConditions,
     SpecAugment,
     SpeechDataset,
     SpeechSampler,
@@ -61,6 +62,7 @@ from mel_llm.training import (
     SynthesisCollator,
     TaskCollator,
     TranscriptionCollator,
+    VoiceWarp,
     compute_feature_statistics,
     count_parameters,
     count_unspellable,
@@ -116,9 +118,11 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
     if "tts" in data_args.tasks and training_args.label_smoothing_factor:
         parser.error("--label_smoothing_factor is for tokens, and --tasks tts has spectrograms for labels.")
     if "asr" not in data_args.tasks:
-        for name in ("spec_augment", "speed_factors"):
+        for name in ("spec_augment", "speed_factors", "conditions", "voice_warp"):
             if getattr(data_args, name):
-                parser.error(f"--{name} is for reading: it would change the voices that --tasks tts learns.")
+                parser.error(
+                    f"--{name} is for reading: it would change the voices and the sound that --tasks tts learns."
+                )
     return model_args, data_args, training_args
 
 
@@ -508,6 +512,7 @@ def prepare(argv: list[str]) -> Run | None:
             training_args.ddp_find_unused_parameters = True
     rate = processor.feature_extractor.sampling_rate
     speed = SpeedPerturbation(tuple(data_args.speed_factors)) if data_args.speed_factors else None
+    conditions = RecordingConditions() if data_args.conditions else None
     reports: dict[str, dict] = {}
     sampler = counts = eval_set = None
     if streaming:
@@ -519,6 +524,7 @@ def prepare(argv: list[str]) -> Run | None:
             data_args.min_seconds,
             data_args.max_seconds,
             data_args.shuffle_buffer,
+            conditions,
         )
         longest = data_args.max_seconds
         is_untrained = is_new or not has_statistics(model)
@@ -527,7 +533,7 @@ def prepare(argv: list[str]) -> Run | None:
         training_args.accelerator_config.dispatch_batches = False
     else:
         selections, reports["train"] = select_all(sources, train_data, processor, data_args, "Training")
-        train_set = measured = SpeechDataset(rows_of(selections), rate, speed, training_args.seed)
+        train_set = measured = SpeechDataset(rows_of(selections), rate, speed, training_args.seed, conditions)
         lengths = [seconds for selection in selections for seconds in selection.seconds]
         sampler = SpeechSampler(
             lengths,
@@ -571,6 +577,7 @@ def prepare(argv: list[str]) -> Run | None:
             spec_augment=SpecAugment() if data_args.spec_augment else None,
             features_later=later,
             spell=audio_config.ctc_weight > 0,
+            voice_warp=VoiceWarp(processor.feature_extractor, data_args.voice_warp) if data_args.voice_warp else None,
         ),
         "tts": SynthesisCollator(processor, features_later=later),
     }

@@ -2,6 +2,7 @@
 
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
+from .conditions import RecordingConditions, VoiceWarp
 from .ctc import count_unspellable, ctc_bytes
 from .dataset import SpeechDataset, stream_examples
 from .lora import LORA_PRESETS, count_parameters, freeze, lora_config
@@ -18,6 +19,7 @@ __all__ = [
     "LORA_PRESETS",
     "TASKS",
     "DataReport",
+    "RecordingConditions",
     "SegmentSampler",
     "SpecAugment",
     "SpeechDataset",
@@ -30,6 +32,7 @@ __all__ = [
     "TranscriptionCollator",
     "VocoderTrainer",
     "VocoderTrainingArguments",
+    "VoiceWarp",
     "compute_feature_statistics",
     "count_parameters",
     "count_unspellable",

@@ -103,6 +103,12 @@ class DataArguments:
         default_factory=list, metadata={"help": "Speed perturbation, e.g. 0.9 1.0 1.1; none by default."}
     )
     spec_augment: bool = field(default=False, metadata={"help": "Mask stretches of time and bands of mel bins."})
+    conditions: bool = field(
+        default=False, metadata={"help": "Noise, rooms, telephone bands and levels, by chance (RecordingConditions)."}
+    )
+    voice_warp: float = field(
+        default=0.0, metadata={"help": "Stretch the frequency axis by up to this share, e.g. 0.15: other voices."}
+    )
     group_by_length: bool = field(default=True, metadata={"help": "Batches of clips of similar length."})
     features_on_device: bool = field(
         default=False, metadata={"help": "Make features on the model's device instead of in the workers."}

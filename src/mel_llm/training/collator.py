@@ -8,6 +8,7 @@ import torch
 
 from ..processing_mel_llm import MelLLMProcessor
 from .augmentation import SpecAugment
+from .conditions import VoiceWarp
 from .ctc import ctc_bytes
 
 
@@ -24,6 +25,7 @@ class TranscriptionCollator:
         audio_column, text_column: Keys of an example; its audio is anything that the processor takes.
         spec_augment ([`SpecAugment`], *optional*): Masks the features of examples that have an `augment_seed`, as those
             that [`SpeechDataset`] makes for training do.
+        voice_warp ([`VoiceWarp`], *optional*): Changes the voices in them, before that.
         features_later (`bool`, defaults to `False`): Leave the waveforms in the batch, for [`SpeechTrainer`] to make
             the features on the model's device.
         spell (`bool`, defaults to `False`): Add `transcript_bytes` `(batch, letters)` for a model with a CTC head.
@@ -35,6 +37,7 @@ class TranscriptionCollator:
     spec_augment: SpecAugment | None = None
     features_later: bool = False
     spell: bool = False
+    voice_warp: VoiceWarp | None = None
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_features` `(batch, frames, num_mel_bins)`, `attention_mask` `(batch, frames)`
@@ -68,11 +71,12 @@ class TranscriptionCollator:
         batch = dict(batch)
         audio, seeds = batch.pop("raw_speech"), batch.pop("augment_seeds")
         features = dict(self.processor(audio=audio, **({} if device is None else {"device": device})))
-        if self.spec_augment is not None:
+        changes = [change for change in (self.voice_warp, self.spec_augment) if change is not None]
+        if changes:
             lengths = features["attention_mask"].sum(dim=1).tolist()
             for row, length, seed in zip(features["input_features"], lengths, seeds, strict=True):
-                if seed is not None:
-                    row[:length] = self.spec_augment(row[:length], seed)
+                for change in changes if seed is not None else ():
+                    row[:length] = change(row[:length], seed)
         return {**batch, **features}
 
 

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..audio_utils_mel_llm import load_audio
 from .augmentation import SpeedPerturbation, example_seed
+from .conditions import RecordingConditions
 from .sources import COLUMNS
 
 
@@ -38,7 +39,8 @@ class SpeechDataset(torch.utils.data.Dataset):
     Args:
         data: Rows with `audio`, `text` and perhaps `origin` and `task`.
         sampling_rate (`int`, defaults to 16000): Hz to decode to.
-        speed: Perturbs the clips that are asked for with an epoch, but for those of the task `tts`: it changes voices.
+        speed, conditions (*optional*): Change the clips that are asked for with an epoch, but for those of the task
+            `tts`, which learns voices and sound as they are: [`SpeedPerturbation`], [`RecordingConditions`].
         seed (`int`, defaults to 0): Of the augmentation.
     """
 
@@ -48,12 +50,13 @@ class SpeechDataset(torch.utils.data.Dataset):
         sampling_rate: int = 16000,
         speed: SpeedPerturbation | None = None,
         seed: int = 0,
+        conditions: RecordingConditions | None = None,
     ):
         if len(data) == 0:
             raise ValueError("`data` is empty: there is nothing to train on or to evaluate.")
         self.data = data
         self.sampling_rate = sampling_rate
-        self.speed = speed
+        self.changes = [change for change in (speed, conditions) if change is not None]
         self.seed = seed
         # Shared with the workers that decode, so that the process that reports knows what they met
         self._bad = torch.zeros(len(data), dtype=torch.uint8).share_memory_()
@@ -89,8 +92,8 @@ class SpeechDataset(torch.utils.data.Dataset):
             example["task"] = task
         if epoch is not None:
             example["augment_seed"] = example_seed(self.seed, epoch, index)
-            if self.speed is not None and task != "tts":
-                example["audio"] = self.speed(audio, self.sampling_rate, example["augment_seed"])
+            for change in self.changes if task != "tts" else ():
+                example["audio"] = change(example["audio"], self.sampling_rate, example["augment_seed"])
         return example
 
     @property
@@ -106,8 +109,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 class _DecodeStream:
     """Rows of a stream to examples; a clip that cannot be read, or is too short or too long, gives none."""
 
-    def __init__(self, sampling_rate, speed, seed, min_seconds, max_seconds):
-        self.sampling_rate, self.speed, self.seed = sampling_rate, speed, seed
+    def __init__(self, sampling_rate, changes, seed, min_seconds, max_seconds):
+        self.sampling_rate, self.changes, self.seed = sampling_rate, changes, seed
         self.min_samples, self.max_samples = min_seconds * sampling_rate, max_seconds * sampling_rate
         self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # unreadable, outside the limits
 
@@ -129,8 +132,8 @@ class _DecodeStream:
                 continue
             # By content: the place in a stream depends on the worker that reads it
             seed = example_seed(self.seed, 0, zlib.crc32(f"{origin}\0{text}".encode()))
-            if self.speed is not None:
-                waveform = self.speed(waveform, self.sampling_rate, seed)
+            for change in self.changes:
+                waveform = change(waveform, self.sampling_rate, seed)
             examples["audio"].append(np.asarray(waveform, dtype=np.float32))
             examples["text"].append(text)
             examples["augment_seed"].append(seed)
@@ -145,6 +148,7 @@ def stream_examples(
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
     buffer_size: int = 1000,
+    conditions: RecordingConditions | None = None,
 ):
     """The examples of a `datasets.IterableDataset`, decoded as they come.
 
@@ -160,7 +164,8 @@ def stream_examples(
     """
     if buffer_size:
         stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
-    decode = _DecodeStream(sampling_rate, speed, seed, min_seconds, max_seconds)
+    changes = [change for change in (speed, conditions) if change is not None]
+    decode = _DecodeStream(sampling_rate, changes, seed, min_seconds, max_seconds)
     stream = stream.map(
         decode,
         batched=True,
