@@ -16,7 +16,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[�
 # Where a sentence that is too long is cut, the best place first
 _CLAUSE_ENDS = (r"[;:—–]\s*", r"[,，、]\s*", r"\s+")
 _SHORT_CHARS = 12
-_PAUSE_SECONDS = 0.15
+PAUSE_SECONDS = 0.15
 # What a voice is taken from when there is no recording of it: no more than that of the first sentences
 _MAX_VOICE_SECONDS = 10.0
 # Of a language model's free positions, what a sentence may take, so that its speech has the others
@@ -134,7 +134,7 @@ def iter_speech(
             )
     is_given = kept is not None
     frame_rate = model.config.audio_config.frame_rate
-    pause = torch.zeros(round(_PAUSE_SECONDS * model.config.sampling_rate))
+    pause = torch.zeros(round(PAUSE_SECONDS * model.config.sampling_rate))
     if streamer is not None:
         generate_kwargs["streamer"] = _PassOn(streamer)
 
