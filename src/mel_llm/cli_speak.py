@@ -169,9 +169,11 @@ def _read_text(text: str | None, file: Path | None) -> str:
     name = "the text"
     try:
         if file is not None:
-            name, text = str(file), _decode(file.read_bytes())
+            name = str(file)
+            text = _decode(file.read_bytes())
         elif text == STDIN:
-            name, text = "standard input", _decode(sys.stdin.buffer.read())
+            name = "standard input"
+            text = _decode(sys.stdin.buffer.read())
         split_sentences(text)
     except OSError as error:
         fail(error)

@@ -511,9 +511,11 @@ class MelLLMProcessor(ProcessorMixin):
             unknown = self._unknown(dict.fromkeys(words))
             strange = self._unknown(sorted({c for word in unknown for c in word}))
             without = {word: word.translate({ord(c): None for c in strange}) for word in unknown}
-            # Where a word is not known for its letters' sake, as with a tokenizer of whole words, it goes as a whole
+            # What is still not known, or nothing any more, goes as a whole: some tokenizers know words and no letters
             whole = self._unknown([word for word in without.values() if word])
-            lost += [word for word in unknown if without[word] in whole] or strange
+            gone = [word for word in unknown if not without[word] or without[word] in whole]
+            parts = {c for word in unknown if word not in gone for c in word}
+            lost += [*gone, *[c for c in strange if c in parts and c not in gone]]
             kept = " ".join(word if word not in without else without[word] for word in words)
             kept = " ".join(word for word in kept.split() if word not in whole)
         names = ", ".join(repr(c) for c in lost[:_MAX_NAMED]) + (", ..." if len(lost) > _MAX_NAMED else "")
