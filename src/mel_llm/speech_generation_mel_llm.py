@@ -5,7 +5,9 @@ MELLE) and the dropout on the history, which stays on (paper).
 """
 
 import copy
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from transformers import DynamicCache
@@ -17,6 +19,10 @@ logger = logging.get_logger(__name__)
 
 # A longest duration that fits any text: this, and a rate per token from the config
 _MAX_SECONDS_CONSTANT = 2.0
+_MAX_SECONDS = 86_400.0
+# No sentence has more; a text that has would be spoken for a quarter of an hour in one go
+MAX_TEXT_TOKENS = 2048
+_LONG_TEXT = "Speak it sentence by sentence, with `mel_llm.iter_speech` or the command `mel-llm speak`"
 # Speech that has been loud (mean level over bins above this, in deviations from the training data's mean) ...
 _LOUD_LEVEL = 0.0
 # ... is silent below this, and this much of a silence that was too long is kept
@@ -68,8 +74,9 @@ class MelLLMSpeechGenerationMixin:
             Waveforms `(batch, samples)`, zero behind their ends; or the dict.
 
         Raises:
-            ValueError: There is no text, the text or the voice is too long for the language model, or an argument is
-                out of range.
+            ValueError: There is no text, the text has more than 2048 tokens or is with the voice too long for the language
+                model (see [`iter_speech`]), or an argument is unknown or out of range.
+            RuntimeError: The model wrote NaN or infinity.
         """
         is_audio = isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
         if is_audio or kwargs.get("input_features") is not None or kwargs.get("inputs_embeds") is not None:
@@ -79,15 +86,28 @@ class MelLLMSpeechGenerationMixin:
         input_ids = kwargs.pop("input_ids") if inputs is None else inputs
         attention_mask = kwargs.pop("attention_mask", None)
         voice, voice_mask = kwargs.pop("voice_features", None), kwargs.pop("voice_features_mask", None)
+        unknown = sorted(name for name in kwargs if name != "generation_config" and not hasattr(config, name))
+        if unknown:
+            raise ValueError(f"generate() of speech does not know the arguments {', '.join(unknown)}.")
         self._check_text(input_ids, attention_mask)
         if options.streamer is not None and len(input_ids) != 1:
             raise ValueError(f"`streamer` takes one text at a time, got a batch of {len(input_ids)}.")
         sink = None if options.streamer is None else SpeechStream(self, options.streamer)
         frames, lengths, stopped = self._write_patches(input_ids, attention_mask, voice, voice_mask, options, sink)
-        if sink is not None:
-            sink.finish(int(lengths[0]))
+        if not torch.isfinite(frames).all():
+            raise RuntimeError(
+                f"The model wrote a spectrogram with NaN or infinity in it; its weights are {self.dtype}. Try float32."
+            )
+        if not all(stopped):
+            logger.warning_once(
+                "The model did not end all speech by itself: a limit of the time or of silence did. See `stopped` of "
+                "`generate(..., return_dict_in_generate=True)`."
+            )
         spectrogram = self._finish_spectrogram(frames, lengths)
-        audio = None if self.vocoder is None else self._to_audio(spectrogram, lengths)
+        if sink is not None:  # what was streamed is what is returned, and the vocoder runs only once
+            audio = [sink.finish(int(lengths[0])).to(self.device)]
+        else:
+            audio = None if self.vocoder is None else self._to_audio(spectrogram, lengths)
         if options.return_dict:
             rows = [row[: int(length)] for row, length in zip(spectrogram, lengths, strict=True)]
             return MelLLMSpeechGenerationOutput(audio=audio, spectrogram=rows, stopped=stopped)
@@ -103,6 +123,11 @@ class MelLLMSpeechGenerationMixin:
             raise ValueError("There is no text to speak: `input_ids` must be (batch, tokens) with at least one token.")
         if attention_mask is not None and (attention_mask.sum(-1) == 0).any():
             raise ValueError("There is no text to speak in one of the rows of `input_ids`.")
+        if input_ids.shape[1] > MAX_TEXT_TOKENS:
+            raise ValueError(
+                f"The text has {input_ids.shape[1]} tokens, more than the {MAX_TEXT_TOKENS} that are spoken in one go. "
+                f"{_LONG_TEXT}."
+            )
 
     def _write_patches(self, input_ids, attention_mask, voice, voice_mask, options: "_SpeechOptions", sink):
         """Frames `y'` `(B, T, F)`, normalised, how many of each row count, and whether the model ended it itself."""
@@ -186,8 +211,8 @@ class MelLLMSpeechGenerationMixin:
             return 1 << 30
         if num_tokens >= limit:
             raise ValueError(
-                f"Text and voice have {num_tokens} tokens, but the language model was made for {limit}. Speak it "
-                "sentence by sentence."
+                f"Text and voice have {num_tokens} tokens, but the language model was made for {limit}. {_LONG_TEXT}, or "
+                "take a shorter voice."
             )
         return limit - num_tokens
 
@@ -247,25 +272,37 @@ class _SpeechOptions:
 
     @classmethod
     def take(cls, kwargs: dict, generation_config) -> "_SpeechOptions":
-        temperature = kwargs.pop("temperature", None)
-        seed = kwargs.pop("seed", None)
-        max_patches = kwargs.pop("max_new_tokens", None)
+        def number(name: str, default=None, kind=Real):
+            value = kwargs.pop(name, None)
+            if value is None:
+                return default
+            if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+                what = "a whole number" if kind is Integral else "a finite number"
+                raise ValueError(f"`{name}` must be {what}, got {value!r}.")
+            return value
+
         options = cls(
-            temperature=1.0 if temperature is None else float(temperature),
-            max_seconds=kwargs.pop("max_seconds", None),
-            min_seconds=kwargs.pop("min_seconds", None),
-            max_patches=generation_config.max_new_tokens if max_patches is None else max_patches,
-            stop_threshold=kwargs.pop("stop_threshold", 0.5),
-            seed=int(torch.randint(1 << 62, ())) if seed is None else int(seed),
+            temperature=float(number("temperature", 1.0)),
+            max_seconds=number("max_seconds"),
+            min_seconds=number("min_seconds"),
+            max_patches=number("max_new_tokens", generation_config.max_new_tokens, Integral),
+            stop_threshold=number("stop_threshold", 0.5),
+            seed=int(number("seed", int(torch.randint(1 << 62, ())), Integral)) % (1 << 63),
             streamer=kwargs.pop("streamer", None),
             return_dict=bool(kwargs.pop("return_dict_in_generate", False)),
         )
-        if not options.temperature >= 0:
-            raise ValueError(f"`temperature` must be at least 0, got {temperature}.")
+        if options.temperature < 0:
+            raise ValueError(f"`temperature` must be at least 0, got {options.temperature}.")
         for name in ("max_seconds", "min_seconds"):
             value = getattr(options, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be more than 0 seconds, got {value}.")
+            if value is not None and not 0 < value <= _MAX_SECONDS:
+                raise ValueError(f"`{name}` must be more than 0 seconds and at most a day, got {value}.")
+        if None not in (options.min_seconds, options.max_seconds) and options.min_seconds > options.max_seconds:
+            raise ValueError(
+                f"`min_seconds` ({options.min_seconds}) must not be more than `max_seconds` ({options.max_seconds})."
+            )
+        if options.max_patches is not None and options.max_patches < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {options.max_patches}.")
         if not 0.0 < options.stop_threshold <= 1.0:
             raise ValueError(f"`stop_threshold` must be more than 0 and at most 1, got {options.stop_threshold}.")
         return options
@@ -322,19 +359,21 @@ class SpeechStream:
         self.held: torch.Tensor | None = None  # frames that later ones still need, or that still need later ones
         self.num_dropped = 0  # frames before `held`
         self.num_done = 0  # frames that went to the vocoder
+        self.parts: list[torch.Tensor] = []
 
     def put(self, patch: torch.Tensor) -> None:
         """One patch, `(r, F)`, normalised."""
         self.held = patch if self.held is None else torch.cat([self.held, patch])
         self._send(self.num_dropped + len(self.held) - self.context)
 
-    def finish(self, num_frames: int) -> None:
-        """The speech has `num_frames` in all."""
+    def finish(self, num_frames: int) -> torch.Tensor:
+        """The speech has `num_frames` in all. Returns everything that was streamed, `(samples,)`, on the CPU."""
         if self.held is not None:
             self.held = self.held[: num_frames - self.num_dropped]
             self._send(num_frames)
         self._put_audio(self.vocoder.finish())
         self.streamer.end()
+        return torch.cat(self.parts)
 
     def _send(self, stop: int) -> None:
         if stop <= self.num_done:
@@ -349,7 +388,9 @@ class SpeechStream:
 
     def _put_audio(self, samples: torch.Tensor) -> None:
         if len(samples):
-            self.streamer.put(samples.float().cpu())
+            samples = samples.float().cpu()
+            self.parts.append(samples)
+            self.streamer.put(samples)
 
 
 __all__ = ["MelLLMSpeechGenerationMixin", "MelLLMSpeechGenerationOutput", "SpeechStream"]
