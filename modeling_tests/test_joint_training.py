@@ -65,6 +65,10 @@ def test_texts_and_spectrograms(speaking_tiny, speech_clips):
     spoken = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
     assert spoken == [example["text"] for example in examples]
     assert torch.isfinite(model(**batch).loss)
+    strange = SynthesisCollator(processor)([examples[0], {**examples[1], "text": "\0 ..."}])
+    assert torch.isfinite(model(**strange).loss)
+    request = processor.apply_speech_request([example["text"] for example in examples])
+    assert torch.equal(request["input_ids"], batch["input_ids"])
 
     tasks = TaskCollator({"asr": TranscriptionCollator(processor), "tts": SynthesisCollator(processor)})
     as_tasks = [{**example, "task": "tts"} for example in examples]

@@ -471,6 +471,10 @@ class MelLLMProcessor(ProcessorMixin):
                 features["input_features"],
                 features["attention_mask"],
             )
+        return BatchFeature({**self.speech_tokens(texts), **batch})
+
+    def speech_tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Texts to be spoken, as they are, to `input_ids` and `attention_mask` `(batch, tokens)`, padded on the left."""
         tokens = self.tokenizer(
             texts,
             padding=True,
@@ -479,7 +483,7 @@ class MelLLMProcessor(ProcessorMixin):
             split_special_tokens=True,
             return_tensors="pt",
         )
-        return BatchFeature({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **batch})
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
     def _speech_texts(self, text, name: str) -> list[str]:
         texts = list(text) if isinstance(text, list | tuple) else [text]
