@@ -242,16 +242,17 @@ class ModelSpeech(SpeechSystem):
         ]
 
     def _try_long(self, utterance: Utterance, voice: Voice | None) -> Speech | Exception:
-        listener = _Listener(self.model)
+        stopped: list[bool] = []
         try:
             request = self._request(voice)
             started = time.perf_counter()
             sentences = iter_speech(
-                listener,
+                self.model,
                 self.processor,
                 utterance.text,
                 max_chars=self.max_chars,
                 seed=self.seed,
+                on_sentence=lambda sentence, output: stopped.extend(output.stopped),
                 **request,
                 **self.kwargs,
             )
@@ -259,28 +260,13 @@ class ModelSpeech(SpeechSystem):
         except (ValueError, RuntimeError, OSError) as error:
             return error
         wall = time.perf_counter() - started
-        return Speech(audio, self.model.config.sampling_rate, wall, all(listener.stopped))
+        return Speech(audio, self.model.config.sampling_rate, wall, all(stopped))
 
     def _warm_up(self, inputs) -> None:
         """What the first call of all allocates and compiles is not the model's speed."""
         if not self._is_warm:
             self.model.generate(**inputs, **{**self.kwargs, "max_seconds": 0.2, "min_seconds": None, "seed": 0})
             self._is_warm = True
-
-
-class _Listener:
-    """A model that remembers whether it ended each sentence by itself: [`iter_speech`] gives out only the sound."""
-
-    def __init__(self, model):
-        self._model, self.stopped = model, []
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def generate(self, **kwargs):
-        output = self._model.generate(**kwargs)
-        self.stopped += output.stopped
-        return output
 
 
 __all__ = [
