@@ -99,7 +99,7 @@ def test_a_command_and_the_same_again(script, folder, model_folder, tmp_path, mo
         ("--model {speaking} --voice_from {wav}", "word for word"),
         ("--reference --voice_from nowhere.wav", "there is no 'nowhere.wav'"),
         ("--reference --mos nisqa", "--mos must be"),
-        ("--model {speaking} --max_chars 3", "`max_chars` must be at least 20"),
+        ("--model {speaking} --max_chars 3", "must be a whole number of at least 20"),
         ("--audio nowhere", "no folder 'nowhere'"),
     ],
 )

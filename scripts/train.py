@@ -117,6 +117,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
         parser.error(f"--task_weights must be a positive number for each of {', '.join(data_args.tasks)}.")
     if "tts" in data_args.tasks and training_args.label_smoothing_factor:
         parser.error("--label_smoothing_factor is for tokens, and --tasks tts has spectrograms for labels.")
+    if not 0 <= data_args.voice_pairs <= 1 or (data_args.voice_pairs and "tts" not in data_args.tasks):
+        parser.error("--voice_pairs is a share from 0 to 1, for --tasks tts.")
     if "asr" not in data_args.tasks:
         for name in ("spec_augment", "speed_factors", "conditions", "voice_warp"):
             if getattr(data_args, name):
@@ -483,6 +485,8 @@ def prepare(argv: list[str]) -> Run | None:
             raise ValueError(f"{source.place} is for {source.task}, which is not among --tasks.")
     speaks = "tts" in data_args.tasks
     streaming = any(source.streaming for source in sources)
+    if streaming and data_args.voice_pairs:
+        raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
     if streaming and len(data_args.tasks) > 1:
         raise ValueError("A stream is for one task at a time: give --tasks one of them, or data that does not stream.")
     if streaming and training_args.max_steps <= 0:
@@ -533,7 +537,15 @@ def prepare(argv: list[str]) -> Run | None:
         training_args.accelerator_config.dispatch_batches = False
     else:
         selections, reports["train"] = select_all(sources, train_data, processor, data_args, "Training")
-        train_set = measured = SpeechDataset(rows_of(selections), rate, speed, training_args.seed, conditions)
+        train_set = measured = SpeechDataset(
+            rows_of(selections),
+            rate,
+            speed,
+            training_args.seed,
+            conditions,
+            data_args.voice_pairs,
+            data_args.max_seconds,
+        )
         lengths = [seconds for selection in selections for seconds in selection.seconds]
         sampler = SpeechSampler(
             lengths,

@@ -109,6 +109,13 @@ class DataArguments:
     voice_warp: float = field(
         default=0.0, metadata={"help": "Stretch the frequency axis by up to this share, e.g. 0.15: other voices."}
     )
+    voice_pairs: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the clips to be spoken (tts) that follow another of the same speaker: voice prompts work "
+            "better for it. The data needs a column `speaker`."
+        },
+    )
     group_by_length: bool = field(default=True, metadata={"help": "Batches of clips of similar length."})
     features_on_device: bool = field(
         default=False, metadata={"help": "Make features on the model's device instead of in the workers."}

@@ -29,6 +29,17 @@ def load_clip(audio: dict, sampling_rate: int, offset: float | None, duration: f
     return load_audio(audio, sampling_rate=sampling_rate, offset=offset, duration=duration)
 
 
+def _by_speaker(data) -> dict[str, list[int]]:
+    """The clips of each speaker who has several, of those that are to be spoken."""
+    names = data["speaker"] if "speaker" in data.column_names else []
+    tasks = data["task"] if "task" in data.column_names else [None] * len(names)
+    places: dict[str, list[int]] = {}
+    for index, (name, task) in enumerate(zip(names, tasks, strict=True)):
+        if name is not None and task in (None, "tts"):
+            places.setdefault(name, []).append(index)
+    return {name: indices for name, indices in places.items() if len(indices) > 1}
+
+
 class SpeechDataset(torch.utils.data.Dataset):
     r"""Decoded examples of a dataset with the columns of `mel_llm.training.sources`.
 
@@ -37,11 +48,16 @@ class SpeechDataset(torch.utils.data.Dataset):
     the next one that can takes its place, so that a batch never shrinks and a run never stops because of it.
 
     Args:
-        data: Rows with `audio`, `text` and perhaps `origin` and `task`.
+        data: Rows with `audio`, `text` and perhaps `origin`, `speaker` and `task`.
         sampling_rate (`int`, defaults to 16000): Hz to decode to.
         speed, conditions (*optional*): Change the clips that are asked for with an epoch, but for those of the task
             `tts`, which learns voices and sound as they are: [`SpeedPerturbation`], [`RecordingConditions`].
         seed (`int`, defaults to 0): Of the augmentation.
+        voice_pairs (`float`, defaults to 0.0): Share of the clips to be spoken that follow another clip of the same
+            speaker, in one example of at most `max_seconds`: so a model learns to go on in a voice that it is given.
+
+    Raises:
+        ValueError: There is no data, or there are to be pairs and no speaker has two clips.
     """
 
     def __init__(
@@ -51,9 +67,15 @@ class SpeechDataset(torch.utils.data.Dataset):
         speed: SpeedPerturbation | None = None,
         seed: int = 0,
         conditions: RecordingConditions | None = None,
+        voice_pairs: float = 0.0,
+        max_seconds: float = 30.0,
     ):
         if len(data) == 0:
             raise ValueError("`data` is empty: there is nothing to train on or to evaluate.")
+        self.voice_pairs, self.max_seconds = voice_pairs, max_seconds
+        self.of_speaker = _by_speaker(data) if voice_pairs > 0 else {}
+        if voice_pairs > 0 and not self.of_speaker:
+            raise ValueError("`voice_pairs`: no speaker has two clips. The data needs a column that says who speaks.")
         self.data = data
         self.sampling_rate = sampling_rate
         self.changes = [change for change in (speed, conditions) if change is not None]
@@ -94,7 +116,29 @@ class SpeechDataset(torch.utils.data.Dataset):
             example["augment_seed"] = example_seed(self.seed, epoch, index)
             for change in self.changes if task != "tts" else ():
                 example["audio"] = change(example["audio"], self.sampling_rate, example["augment_seed"])
+            if self.voice_pairs > 0 and task in (None, "tts"):
+                example = self._behind_another(example, row, index)
         return example
+
+    def _behind_another(self, example: dict[str, Any], row: dict[str, Any], index: int) -> dict[str, Any]:
+        """By chance, another clip of the speaker in front, in sound and text."""
+        others = self.of_speaker.get(row.get("speaker"), ())
+        random = np.random.default_rng(example["augment_seed"])
+        chance, place = random.random(), int(random.integers(max(1, len(others))))
+        if chance >= self.voice_pairs or len(others) < 2:
+            return example
+        other = others[place] if others[place] != index else others[(place + 1) % len(others)]
+        if self._bad[other]:
+            return example
+        before = self.data[other]
+        try:
+            audio = load_clip(before["audio"], self.sampling_rate, before.get("offset"), before.get("duration"))
+        except CLIP_ERRORS:
+            return example  # it is reported when its own turn comes
+        if len(audio) + len(example["audio"]) > self.max_seconds * self.sampling_rate:
+            return example
+        text = f"{before['text'].strip()} {example['text'].strip()}"
+        return {**example, "audio": np.concatenate([audio, example["audio"]]), "text": text}
 
     @property
     def num_bad_clips(self) -> int:
