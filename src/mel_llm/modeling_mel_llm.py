@@ -132,7 +132,8 @@ class MelLLMConvSubsampling(nn.Module):
 
     def last_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(B, 2 * r, F)` features, or r where there are none before, to the last token alone, `(B, 1, hidden_size)`."""
-        hidden_states = self.conv(hidden_states.unsqueeze(1))[:, :, -1:]
+        hidden_states = hidden_states.unsqueeze(1).to(memory_format=torch.channels_last)  # much faster for a batch
+        hidden_states = self.conv(hidden_states)[:, :, -1:]
         return self.out(hidden_states.transpose(1, 2).flatten(2))
 
     def _convolve_in_blocks(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

@@ -518,7 +518,9 @@ class GriffinLimStream:
             self.num_frames += len(frames)
         ready = [self._empty()]
         while self.num_frames >= self.num_done + self.block_size + _LOOKAHEAD_FRAMES:
-            ready.append(self._block(self.num_done + self.block_size, self.num_done + self.block_size + _LOOKAHEAD_FRAMES))
+            ready.append(
+                self._block(self.num_done + self.block_size, self.num_done + self.block_size + _LOOKAHEAD_FRAMES)
+            )
             self.block_size = min(2 * self.block_size, _BLOCK_FRAMES)
         return torch.cat(ready)
 
