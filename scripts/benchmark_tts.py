@@ -181,14 +181,13 @@ def steps_section(plan: Plan, clips: list[dict]) -> list[dict]:
     runs = []
     for factor in plan.reduction_factors:
         model, processor = build(plan, clips, factor, None)
-        seconds = plan.patches * factor / model.config.audio_config.frame_rate
         for number in plan.batch_sizes:
             say(f"steps: r = {factor}, batch of {number}")
             inputs = processor.apply_speech_request([TEXTS[index % len(TEXTS)] for index in range(number)])
 
-            def speak(temperature: float, model=model, inputs=inputs, seconds=seconds) -> None:
-                output = model.generate(**inputs, **fixed(seconds, plan.seed), temperature=temperature)
-                if any(len(frames) != round(seconds * 100) for frames in output.spectrogram):
+            def speak(temperature: float, model=model, inputs=inputs, factor=factor) -> None:
+                output = model.generate(**inputs, **fixed(plan.patches, plan.seed), temperature=temperature)
+                if any(len(frames) != plan.patches * factor for frames in output.spectrogram):
                     raise RuntimeError("Another number of patches was written than was asked for.")
 
             cases = {
@@ -213,10 +212,10 @@ def steps_section(plan: Plan, clips: list[dict]) -> list[dict]:
     return runs
 
 
-def fixed(seconds: float, seed: int) -> dict:
-    """Arguments with which just so much is spoken."""
-    limits = {"min_seconds": seconds, "max_seconds": seconds}
-    return {**limits, "stop_threshold": 1.0, "seed": seed, "return_dict_in_generate": True}
+def fixed(patches: int, seed: int) -> dict:
+    """Arguments with which just so many patches are spoken. Each step still asks whether it is the last."""
+    limits = {"max_new_tokens": patches, "max_seconds": 1e4, "stop_threshold": 1.0}
+    return {**limits, "seed": seed, "return_dict_in_generate": True}
 
 
 # --- speech ----------------------------------------------------------------------------------------------------------
@@ -251,7 +250,8 @@ def speech_section(plan: Plan, clips: list[dict]) -> list[dict]:
             say(f"speech: r = {factor}, {vocoder}")
             model, processor = build(plan, clips, factor, vocoder)
             inputs = processor.apply_speech_request(TEXTS[0])
-            arguments = fixed(plan.speech_seconds, plan.seed)
+            patches = round(plan.speech_seconds * model.config.audio_config.frame_rate / factor)
+            arguments = fixed(patches, plan.seed)
             listeners: list[Listener] = []
             samples: set[int] = set()
 
