@@ -134,27 +134,78 @@ def test_silence_ends_speech(speaking, monkeypatch):
     assert output.stopped == [False]
 
 
+class Streamer:
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value)
+
+    def end(self):
+        self.ended = True
+
+
 def test_a_stream_is_the_whole(speaking):
     model, processor = speaking
-
-    class Streamer:
-        def __init__(self):
-            self.parts, self.ended = [], False
-
-        def put(self, value):
-            self.parts.append(value)
-
-        def end(self):
-            self.ended = True
-
     streamer = Streamer()
     inputs = processor(TEXTS[2])
+    whole = model.generate(**inputs, **free(max_seconds=6.0))
     streamed = model.generate(**inputs, **free(max_seconds=6.0, streamer=streamer))
     assert streamer.ended and len(streamer.parts) > 3
+    assert_same_sound(torch.cat(streamer.parts), whole.audio[0])
     assert torch.equal(torch.cat(streamer.parts), streamed.audio[0])
-    assert_same_sound(streamed.audio[0], model.generate(**inputs, **free(max_seconds=6.0)).audio[0])
+    torch.testing.assert_close(streamed.spectrogram[0], whole.spectrogram[0], rtol=1e-4, atol=1e-4)
+    # A listener hears something soon: a block of 16 frames, and the frames that it waits for
+    assert len(streamer.parts[0]) == 16 * 160
     with pytest.raises(ValueError, match="one text at a time"):
         model.generate(**processor.apply_speech_request(TEXTS), streamer=Streamer())
+
+
+@pytest.mark.parametrize("spoken_again", [False, True])
+def test_a_stream_holds_silence_back_that_may_be_cut(speaking, monkeypatch, spoken_again):
+    model, processor = speaking
+    loud, silent = torch.full((1, 4, 80), 1.0), torch.full((1, 4, 80), -3.0)
+    patches = [loud] * 5 + [silent] * 40 + ([loud] * 3 if spoken_again else []) + [silent] * 1000
+    results = []
+    for streamer in (None, Streamer()):
+        spoken = iter(patches)
+        monkeypatch.setattr(model.speech_head, "sample", lambda *args, spoken=spoken: next(spoken))
+        results.append(model.generate(**processor(TEXTS[2]), **free(max_seconds=30, streamer=streamer)))
+    whole, streamed = results
+    assert len(whole.spectrogram[0]) == (5 + 8 + (32 + 3 + 8 if spoken_again else 0)) * 4
+    torch.testing.assert_close(streamed.spectrogram[0], whole.spectrogram[0], rtol=1e-4, atol=1e-4)
+    assert sum(map(len, streamer.parts)) == len(whole.audio[0])
+
+
+def test_no_mask_is_made_where_nothing_is_padded(speaking, monkeypatch):
+    model, processor = speaking
+    masks, forward = [], model.model.language_model.forward
+
+    def look(**kwargs):
+        masks.append(kwargs["attention_mask"])
+        return forward(**kwargs)
+
+    monkeypatch.setattr(model.model.language_model, "forward", look)
+    model.generate(**processor(TEXTS[0]), **free(max_new_tokens=3))
+    assert masks == [None] * 3
+    masks.clear()
+    model.generate(**processor.apply_speech_request(TEXTS), **free(max_new_tokens=3))
+    assert [mask.shape[1] - masks[0].shape[1] for mask in masks] == [0, 1, 2]
+
+
+def test_a_voice_is_the_same_in_any_batch_with_dropout(speaking, speech_clips):
+    """Rows whose voices differ in length draw different numbers of random values."""
+    model, processor = speaking
+    model = copy.deepcopy(model)
+    model.config.speech_config.history_dropout = 0.3
+    clips = sorted(speech_clips, key=lambda clip: len(clip["array"]))[:2]
+    inputs = processor.apply_speech_request(
+        TEXTS[:2], voice=[clip["array"] for clip in clips], voice_text=[clip["text"] for clip in clips]
+    )
+    together = model.generate(**inputs, **free(max_new_tokens=5))
+    request = processor.apply_speech_request(TEXTS[0], voice=clips[0]["array"], voice_text=clips[0]["text"])
+    alone = model.generate(**request, **free(max_new_tokens=5))
+    torch.testing.assert_close(alone.spectrogram[0], together.spectrogram[0], rtol=1e-4, atol=1e-3)
 
 
 def test_a_voice_goes_before(speaking, speech_clips):

@@ -130,6 +130,12 @@ class MelLLMConvSubsampling(nn.Module):
                 hidden_states = hidden_states * mask[:, None, :, None].to(hidden_states.dtype)
         return self.out(hidden_states.transpose(1, 2).flatten(2))
 
+    def last_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, 2 * r, F)` features, or r where there are none before, to the last token alone, `(B, 1, hidden_size)`."""
+        hidden_states = hidden_states.unsqueeze(1).to(memory_format=torch.channels_last)  # much faster for a batch
+        hidden_states = self.conv(hidden_states)[:, :, -1:]
+        return self.out(hidden_states.transpose(1, 2).flatten(2))
+
     def _convolve_in_blocks(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """The same clip by clip and block by block, `(B, n, channels * bins)`: nothing is spent on padding, and no layer's
         values leave the cache. 1.3 to 7 times as fast on two CPU cores; with gradients, all would have to be kept anyway.

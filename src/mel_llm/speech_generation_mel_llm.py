@@ -23,6 +23,11 @@ _MAX_SECONDS = 86_400.0
 # No sentence has more; a text that has would be spoken for a quarter of an hour in one go
 MAX_TEXT_TOKENS = 2048
 _LONG_TEXT = "Speak it sentence by sentence, with `mel_llm.iter_speech` or the command `mel-llm speak`"
+# Random numbers are drawn for so many steps at a time: their number must not depend on the batch or on what is said
+_DRAWN_STEPS = 16
+# A stream's vocoder gets each patch until it is heard, then so many frames, twice as many each time, and at most ...
+_FIRST_PUSH_FRAMES = 8
+_MOST_PUSH_FRAMES = 64
 # Speech that has been loud (mean level over bins above this, in deviations from the training data's mean) ...
 _LOUD_LEVEL = 0.0
 # ... is silent below this, and this much of a silence that was too long is kept
@@ -103,10 +108,10 @@ class MelLLMSpeechGenerationMixin:
                 "The model did not end all speech by itself: a limit of the time or of silence did. See `stopped` of "
                 "`generate(..., return_dict_in_generate=True)`."
             )
-        spectrogram = self._finish_spectrogram(frames, lengths)
-        if sink is not None:  # what was streamed is what is returned, and the vocoder runs only once
-            audio = [sink.finish(int(lengths[0])).to(self.device)]
+        if sink is not None:
+            spectrogram, audio = sink.finish(int(lengths[0]))
         else:
+            spectrogram = self._finish_spectrogram(frames, lengths)
             audio = None if self.vocoder is None else self._to_audio(spectrogram, lengths)
         if options.return_dict:
             rows = [row[: int(length)] for row, length in zip(spectrogram, lengths, strict=True)]
@@ -137,9 +142,10 @@ class MelLLMSpeechGenerationMixin:
         text, mask = self._speech_prompt(input_ids, attention_mask)
         batch_size, num_tokens = len(text), attention_mask.sum(-1)
         patch_seconds = self.config.audio_config.reduction_factor / self.config.audio_config.frame_rate
-        generators = [torch.Generator().manual_seed(options.seed) for _ in range(batch_size)]
+        is_random = self.speech_head.is_random and options.temperature > 0
+        chance = _Chance(self, options.seed, is_random)
 
-        history, previous, num_voice = self._voice_history(voice, voice_mask, batch_size, generators)
+        history, previous, num_voice = self._voice_history(voice, voice_mask, batch_size, chance.for_voice(batch_size))
         begin = self.speech_head.begin.expand(batch_size, 1, -1)
         embeds = self.get_input_embeddings()(text)
         inputs_embeds = torch.cat([embeds, begin.to(embeds.dtype), history.to(embeds.dtype)], dim=1)
@@ -148,11 +154,16 @@ class MelLLMSpeechGenerationMixin:
         least, most = options.patch_limits(num_tokens, num_voice, patch_seconds, self.config)
         most = most.clamp(max=self._room(int(mask.sum(-1).max())))
 
+        most_steps = int(most.max())
         cache = DynamicCache(config=self.config.text_config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        # One mask for all steps; without padding there is none, which saves making one for each layer type and step
+        is_padded = not bool(mask.all())
+        size = mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(batch_size, most_steps)], dim=1) if is_padded else None
         outputs = self.model.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=mask,
+            attention_mask=mask[:, :size] if is_padded else None,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -166,34 +177,30 @@ class MelLLMSpeechGenerationMixin:
         lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         silence = _SilenceGuard(batch_size, speech.max_silence_seconds, patch_seconds, device)
         patches: list[torch.Tensor] = []
-        latent_size = self.speech_head.reduction_factor * self.speech_head.num_mel_bins
-        random = self.speech_head.is_random and options.temperature > 0
-        for step in range(int(most.max())):
+        for step in range(most_steps):
             stop = torch.sigmoid(self.speech_head.stop(hidden)[:, 0].float()) > options.stop_threshold
             stop &= (step >= least) & ~ended
             by_itself |= stop
             ended |= stop | (step >= most)
-            if ended.all():
-                break
-            noise = None
-            if random:
-                noise = torch.stack([torch.randn(latent_size, generator=generator) for generator in generators])
-                noise = noise.to(device)
+            noise, kept = chance.draw()
+            # Also where all have ended just now: that patch counts nowhere, and the device is asked once a step only
             patch = self.speech_head.sample(hidden, noise, options.temperature).float()
             patches.append(patch)
-            lengths += (~ended).long()
+            lengths += ~ended
+            speaks = ~ended
             ended |= silence.is_over(patch, ended)
-            if sink is not None and not ended[0]:
-                sink.put(patch[0])
-            if ended.all() or step + 1 == int(most.max()):
+            if sink is not None and speaks[0]:
+                sink.put(patch[0], is_surplus=int(silence.silent[0]) > silence.kept)
+            if step + 1 == most_steps or ended.all():
                 break
-            token = self._embed_patch(patch, previous, generators)
+            token = self._embed_patch(patch, previous)
+            token = token if kept is None else token * kept.to(token.dtype)
             previous = patch
             position = position + 1
-            mask = torch.cat([mask, mask.new_ones(batch_size, 1)], dim=1)
+            size += 1
             outputs = self.model.language_model(
                 inputs_embeds=token.to(embeds.dtype),
-                attention_mask=mask,
+                attention_mask=mask[:, :size] if is_padded else None,
                 position_ids=position,
                 past_key_values=cache,
                 use_cache=True,
@@ -236,14 +243,14 @@ class MelLLMSpeechGenerationMixin:
         previous = patches[torch.arange(batch_size, device=self.device), num_patches - 1]
         return history, previous, num_patches
 
-    def _embed_patch(self, patch: torch.Tensor, previous: torch.Tensor | None, generators) -> torch.Tensor:
-        """The newest patch `(B, r, F)` as a token `(B, 1, D)`. Shared with the reading side, the stem looks back into
-        the patch before."""
-        frames = (
-            patch if previous is None or self.speech_head.prenet is not None else torch.cat([previous, patch], dim=1)
-        )
-        dropout_free = self._embed_history_tokens(frames, None)[:, -1:]
-        return self._history_dropout(dropout_free, generators)
+    def _embed_patch(self, patch: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+        """The newest patch `(B, r, F)` as a token `(B, 1, D)`, without dropout. Shared with the reading side, the stem
+        looks back into the patch before."""
+        conv = self.model.audio_embedder.conv
+        if self.speech_head.prenet is not None or conv is None:
+            return self._embed_history_tokens(patch, None)
+        frames = patch if previous is None else torch.cat([previous, patch], dim=1)
+        return self.model.multi_modal_projector(conv.last_token(frames.to(conv.out.weight.dtype)))
 
     def _finish_spectrogram(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Post-net and de-normalisation: `(B, T, F)`, normalised, to log-mel."""
@@ -323,6 +330,40 @@ class _SpeechOptions:
         return torch.minimum(least, most), most
 
 
+class _Chance:
+    """What is random in the speech of a text: the latent's noise and the dropout on the history.
+
+    Every row of a batch gets the same numbers, those of the seed, so a text's speech is that which it is alone. They are
+    drawn on the CPU, for many steps at a time.
+    """
+
+    def __init__(self, model, seed: int, is_random: bool):
+        head, self.rate = model.speech_head, model.config.speech_config.history_dropout
+        self.generator = torch.Generator().manual_seed(seed)
+        # Of its own: how much a voice takes depends on the longest in the batch
+        self.voice_seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        self.latent_size = head.reduction_factor * head.num_mel_bins if is_random else 0
+        self.width = model.config.text_config.hidden_size if self.rate else 0
+        self.device = model.device
+        self.noise: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
+        self.step = 0
+
+    def for_voice(self, batch_size: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(self.voice_seed) for _ in range(batch_size)]
+
+    def draw(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of the next step: noise `(1, r * F)`, and what the history's token `(D,)` is to be multiplied by; None for
+        what is not random."""
+        step, self.step = self.step % _DRAWN_STEPS, self.step + 1
+        if step == 0 and self.latent_size:
+            self.noise = torch.randn(_DRAWN_STEPS, 1, self.latent_size, generator=self.generator).to(self.device)
+        if step == 0 and self.width:
+            kept = torch.rand(_DRAWN_STEPS, self.width, generator=self.generator) >= self.rate
+            self.kept = (kept / max(1.0 - self.rate, 1e-9)).to(self.device)
+        return tuple(None if drawn is None else drawn[step] for drawn in (self.noise, self.kept))
+
+
 class _SilenceGuard:
     """Ends speech that has fallen silent: a Gaussian around a silent frame finds no way out of the silence."""
 
@@ -357,40 +398,60 @@ class SpeechStream:
         self.vocoder = model.vocoder.stream()
         self.context = model.speech_head.context
         self.held: torch.Tensor | None = None  # frames that later ones still need, or that still need later ones
+        self.waiting: list[torch.Tensor] = []  # frames that are not in `held` yet
+        self.num_waiting = 0
+        self.surplus: list[torch.Tensor] = []  # silence that will not be heard if nothing follows
         self.num_dropped = 0  # frames before `held`
         self.num_done = 0  # frames that went to the vocoder
-        self.parts: list[torch.Tensor] = []
+        self.push_size = 1  # frames that are worth going there
+        self.spectrogram: list[torch.Tensor] = []
+        self.audio: list[torch.Tensor] = []
 
-    def put(self, patch: torch.Tensor) -> None:
+    def put(self, patch: torch.Tensor, is_surplus: bool = False) -> None:
         """One patch, `(r, F)`, normalised."""
-        self.held = patch if self.held is None else torch.cat([self.held, patch])
-        self._send(self.num_dropped + len(self.held) - self.context)
+        if is_surplus:
+            self.surplus.append(patch)
+            return
+        fresh, self.surplus = [*self.surplus, patch], []
+        self.waiting += fresh
+        self.num_waiting += sum(map(len, fresh))
+        if self.num_waiting >= self.push_size:
+            self._hold()
+            self._send(self.num_dropped + len(self.held) - self.context)
 
-    def finish(self, num_frames: int) -> torch.Tensor:
-        """The speech has `num_frames` in all. Returns everything that was streamed, `(samples,)`, on the CPU."""
-        if self.held is not None:
-            self.held = self.held[: num_frames - self.num_dropped]
-            self._send(num_frames)
+    def finish(self, num_frames: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The speech has `num_frames` in all. Returns it: log-mel frames `(1, T, F)`, and the waveform in a list."""
+        self.waiting += self.surplus
+        self._hold()
+        self.held = self.held[: num_frames - self.num_dropped]
+        self._send(num_frames)
         self._put_audio(self.vocoder.finish())
         self.streamer.end()
-        return torch.cat(self.parts)
+        return torch.cat(self.spectrogram)[None], [torch.cat(self.audio)]
+
+    def _hold(self) -> None:
+        self.held = torch.cat([*([] if self.held is None else [self.held]), *self.waiting])
+        self.waiting, self.num_waiting = [], 0
 
     def _send(self, stop: int) -> None:
         if stop <= self.num_done:
             return
         dtype = self.model.speech_head.stop.weight.dtype
         refined = self.model.speech_head.refine(self.held[None].to(dtype))[0]
-        fresh = refined[self.num_done - self.num_dropped : stop - self.num_dropped]
-        self._put_audio(self.vocoder.push(self.model.denormalize(fresh)))
+        fresh = self.model.denormalize(refined[self.num_done - self.num_dropped : stop - self.num_dropped])
+        self.spectrogram.append(fresh)
+        self._put_audio(self.vocoder.push(fresh))
         self.num_done = stop
         surplus = max(0, self.num_done - self.context - self.num_dropped)
         self.held, self.num_dropped = self.held[surplus:], self.num_dropped + surplus
 
     def _put_audio(self, samples: torch.Tensor) -> None:
         if len(samples):
-            samples = samples.float().cpu()
-            self.parts.append(samples)
-            self.streamer.put(samples)
+            samples = samples.float()
+            self.audio.append(samples)
+            self.streamer.put(samples.cpu())
+            # A listener has something to hear while more is computed at a time, which is cheaper
+            self.push_size = min(max(2 * self.push_size, _FIRST_PUSH_FRAMES), _MOST_PUSH_FRAMES)
 
 
 __all__ = ["MelLLMSpeechGenerationMixin", "MelLLMSpeechGenerationOutput", "SpeechStream"]
