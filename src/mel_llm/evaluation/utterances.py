@@ -11,7 +11,7 @@ import numpy as np
 
 from ..training.dataset import load_clip
 from ..training.report import clip_duration
-from ..training.sources import AUDIO_COLUMNS, TEXT_COLUMNS, SpeechSource, _rows, load_source
+from ..training.sources import AUDIO_COLUMNS, TEXT_COLUMNS, SpeechSource, load_source, read_rows
 from .plugins import fingerprint
 
 
@@ -92,7 +92,7 @@ def load_utterances(place: str, split: str = "validation") -> list[Utterance]:
 def _texts_of_table(path: Path, source: SpeechSource) -> list[Utterance] | None:
     """The rows of a table without recordings; `None` if it names some."""
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(_rows(file, path))
+        rows = list(read_rows(file, path))
     audio = (source.audio_column,) if source.audio_column else AUDIO_COLUMNS
     if not rows or any(row.get(name) for row in rows[:1] for name in audio):
         return None

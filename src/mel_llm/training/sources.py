@@ -228,7 +228,7 @@ def _read_metadata(path: Path) -> Iterator[dict[str, Any]]:
     audio = None
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(_rows(file, path), start=1):
+            for number, row in enumerate(read_rows(file, path), start=1):
                 if audio is None:  # the first row decides for all
                     audio = next((name for name in AUDIO_COLUMNS if row.get(name)), None)
                 value = None if audio is None else row.get(audio)
@@ -245,7 +245,12 @@ def _read_metadata(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} is not written in UTF-8: {error}") from None
 
 
-def _rows(file, path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(file, path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a csv, tsv, json or jsonl file that is open, as they are written; messages name its `path`.
+
+    Raises:
+        ValueError: A row is not what its file is called.
+    """
     if path.suffix in (".csv", ".tsv"):
         # Tab-separated files have no quoting: a quotation mark there belongs to the transcript
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
