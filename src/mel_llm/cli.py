@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .audio_utils_mel_llm import AUDIO_EXTENSIONS
+from .cli_demo import demo
 
 
 app = typer.Typer(help="Language models that read and write spectrograms.", no_args_is_help=True)
@@ -328,6 +329,9 @@ def _write_whole(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+app.command()(demo)
 
 
 if __name__ == "__main__":
