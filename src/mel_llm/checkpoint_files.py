@@ -32,7 +32,9 @@ def read_header(path: Path) -> dict[str, dict]:
     with open(path, "rb") as file:
         start = file.read(8)
         if size >= 8 and (start + file.read(len(_LFS_POINTER))).startswith(_LFS_POINTER):
-            raise ValueError(f"{path.name} is the pointer of a file that is kept in git LFS, not the file: git lfs pull.")
+            raise ValueError(
+                f"{path.name} is the pointer of a file that is kept in git LFS, not the file: git lfs pull."
+            )
         length = int.from_bytes(start, "little")
         if size < 8 or not 0 < length <= min(_MAX_HEADER, size - 8):
             raise ValueError(f"{path.name} is no safetensors file, or only its beginning ({size} bytes).")

@@ -4,6 +4,7 @@ What the page does, without the page: [`Demo`] needs no gradio, and [`build_page
 """
 
 import html
+import inspect
 import math
 import os
 import threading
@@ -28,7 +29,7 @@ _COLOURS = np.array(
 )
 _BIN_PIXELS = 3
 _MAX_COLUMNS = 1600
-_MIN_COLUMNS = 400
+_MIN_COLUMNS = 1200
 
 
 class _Stop(StoppingCriteria):
@@ -126,7 +127,9 @@ class Demo:
         yield image, text, status
 
     def _log_mel(self, audio: np.ndarray) -> torch.Tensor:
-        return self.processor.feature_extractor(audio, sampling_rate=self.rate, return_tensors="pt")["input_features"][0]
+        return self.processor.feature_extractor(audio, sampling_rate=self.rate, return_tensors="pt")["input_features"][
+            0
+        ]
 
     def _write(self, inputs) -> Iterator[str]:
         """The transcript of one piece as it grows; what the loop guard takes back is gone in the last one."""
@@ -166,7 +169,7 @@ class Demo:
 
         Args:
             text (`str`): Up to `max_chars` characters.
-            temperature (`float`, defaults to 1): 0 takes the mean.
+            temperature (`float`, defaults to 1.0): 0 takes the mean.
             seed (`int`, *optional*): Makes it repeatable.
 
         Returns:
@@ -209,36 +212,52 @@ def build_page(demo: Demo, title: str = "Mel-LLM"):
     try:
         import gradio
     except ImportError as error:
-        raise ImportError('The demo page needs gradio: `pip install "mel-llm[demo]"` or `pip install gradio`.') from error
+        raise ImportError(
+            'The demo page needs gradio: `pip install "mel-llm[demo]"` or `pip install gradio`.'
+        ) from error
 
-    def explained(function):
-        """Errors as a message on the page; it is HTML there."""
+    def explained(function, picture):
+        """Errors as a message on the page; it is HTML there. A picture (an output's place) is sent when it changes."""
 
         def call(*arguments):
+            shown = None
             try:
-                yield from function(*arguments)
+                for outputs in function(*arguments):
+                    outputs = list(outputs)
+                    if outputs[picture] is shown:
+                        outputs[picture] = gradio.skip()
+                    else:
+                        shown = outputs[picture]
+                    yield outputs
             except (ValueError, OSError, ImportError) as error:
                 raise gradio.Error(html.escape(str(error)), print_exception=False) from error
 
         return call
 
+    # No button that publishes what is on the page; its name depends on gradio's version
+    is_new = "buttons" in inspect.signature(gradio.Image.__init__).parameters
+    private = {"buttons": ["download"]} if is_new else {"show_share_button": False}
     one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
-        gradio.Markdown(f"# {html.escape(title)}\nA language model that reads spectrograms. Everything stays on this machine.")
+        gradio.Markdown(
+            f"# {html.escape(title)}\nA language model that reads spectrograms. "
+            "What is recorded and written here stays on the machine that this page runs on."
+        )
         with gradio.Tab("Listen"):
             recording = gradio.Audio(
                 sources=["microphone", "upload"],
                 type="filepath",
                 label=f"Speech, up to {demo.max_seconds:g} seconds",
+                **private,
             )
             with gradio.Row():
                 start = gradio.Button("Transcribe", variant="primary")
                 stop = gradio.Button("Stop")
             heard = gradio.Textbox(label="What the model writes", lines=3, interactive=False)
-            read = gradio.Image(label="The log-mel that it reads", interactive=False)
+            read = gradio.Image(label="The log-mel that it reads", interactive=False, **private)
             state = gradio.Markdown()
             run = start.click(
-                explained(demo.listen), recording, [read, heard, state], api_name="transcribe", **one_at_a_time
+                explained(demo.listen, 0), recording, [read, heard, state], api_name="transcribe", **one_at_a_time
             )
             stop.click(None, cancels=[run])
         if demo.speaks:
@@ -246,15 +265,15 @@ def build_page(demo: Demo, title: str = "Mel-LLM"):
                 text = gradio.Textbox(label=f"Text, up to {demo.max_chars:,} characters", lines=3)
                 with gradio.Row():
                     temperature = gradio.Slider(0, 1.5, value=1, step=0.05, label="Temperature")
-                    seed = gradio.Number(label="Seed (none: different every time)", value=None, precision=0, minimum=0)
+                    seed = gradio.Number(label="Seed (the same one, the same speech)", value=0, precision=0, minimum=0)
                 with gradio.Row():
                     say = gradio.Button("Speak", variant="primary")
                     hush = gradio.Button("Stop")
-                spoken = gradio.Audio(label="What the model says", interactive=False)
-                written = gradio.Image(label="Its log-mel", interactive=False)
+                spoken = gradio.Audio(label="What the model says", interactive=False, **private)
+                written = gradio.Image(label="Its log-mel", interactive=False, **private)
                 status = gradio.Markdown()
                 run = say.click(
-                    explained(demo.speak),
+                    explained(demo.speak, 1),
                     [text, temperature, seed],
                     [spoken, written, status],
                     api_name="speak",

@@ -199,7 +199,9 @@ def metadata_problems(content: str) -> list[str]:
             if not isinstance(entry, str) or not entry.strip():
                 problems.append(f"`{key}` must be text, got {entry!r}")  # YAML reads the language `no` as False
             elif key == "language" and not _LANGUAGE.fullmatch(entry):
-                problems.append(f"`language` must be an ISO 639 code in small letters or 'multilingual', got {entry!r}")
+                problems.append(
+                    f"`language` must be an ISO 639 code in small letters or 'multilingual', got {entry!r}"
+                )
             elif key in ("datasets", "base_model"):
                 problems += _id_problems(key, entry)
     for key in ("library_name", "pipeline_tag", "license", "license_name", "license_link"):
@@ -212,7 +214,9 @@ def metadata_problems(content: str) -> list[str]:
     if license == "other" and not data.get("license_name"):
         problems.append("`license: other` needs `license_name`")
     for result in data.get("eval_results") or []:
-        if isinstance(result.metric_value, bool) or not isinstance(result.metric_value, int | float | str | list | dict):
+        if isinstance(result.metric_value, bool) or not isinstance(
+            result.metric_value, int | float | str | list | dict
+        ):
             problems.append(f"`model-index`: {result.metric_type} must have a value, got {result.metric_value!r}")
     return problems
 
@@ -398,7 +402,9 @@ def _facts(folder: Path, config, adapter: dict, run: dict, base_model: str | Non
         rows.append(("made from", f"[{base_model}](https://huggingface.co/{base_model})"))
     elif "setup" in run:
         began = run["setup"].get("model_name_or_path")
-        rows.append(("made from", f"`{local_name(began)}`, which is not on the Hub" if began else "trained from scratch"))
+        rows.append(
+            ("made from", f"`{local_name(began)}`, which is not on the Hub" if began else "trained from scratch")
+        )
     weights = read_weights(folder, "adapter_model" if adapter else "model")
     if weights is not None:
         precision = ", ".join(_PRECISIONS.get(name, name) for name in weights.dtypes)
@@ -441,7 +447,9 @@ def _config_rows(config: MelLLMConfig, tasks: list[str]) -> list[tuple[str, str]
     ]
     if speech is not None:
         rows.append(("speech head", f"{speech.head_type}, {audio.reduction_factor} frames a step"))
-        vocoder = "none: it writes spectrograms" if config.vocoder_config is None else config.vocoder_config.vocoder_type
+        vocoder = (
+            "none: it writes spectrograms" if config.vocoder_config is None else config.vocoder_config.vocoder_type
+        )
         rows.append(("vocoder", vocoder))
     if tasks:
         rows.append(("trained to", " and ".join({"asr": "read", "tts": "speak"}[task] for task in tasks)))
@@ -461,7 +469,11 @@ def _training_text(run: dict, state: dict, rows: list[dict], tasks: list[str]) -
             lines.append(
                 (
                     shown,
-                    f"{clips:,}" if clips is not None else "streamed, not counted" if row["streaming"] else "not recorded",
+                    f"{clips:,}"
+                    if clips is not None
+                    else "streamed, not counted"
+                    if row["streaming"]
+                    else "not recorded",
                     f"{hours:.2f}" if hours is not None else "not recorded",
                     row.get("license") or "not stated",
                 )
@@ -501,9 +513,7 @@ def _losses(state: dict) -> list[tuple[str, str]]:
     """The first and the last of each loss that was logged."""
     facts = []
     for name, label in (("loss", "loss"), ("asr_loss", "loss of reading"), ("tts_loss", "loss of speaking")):
-        logged = [
-            (entry.get("step"), float(entry[name])) for entry in state.get("log_history") or [] if name in entry
-        ]
+        logged = [(entry.get("step"), float(entry[name])) for entry in state.get("log_history") or [] if name in entry]
         if logged:
             (first_step, first), (last_step, last) = logged[0], logged[-1]
             facts.append((label, f"{first:.3f} (step {first_step}) to {last:.3f} (step {last_step})"))
@@ -521,7 +531,9 @@ def _results_text(results: list[Evaluation], while_training: list[Evaluation]) -
     if not results:
         parts.append("**Not measured** by an evaluation of its own.")
     for evaluation in while_training:
-        parts.append(f"At the end of training, {'speaking' if evaluation.task == TTS else 'reading'} {evaluation.title}:")
+        parts.append(
+            f"At the end of training, {'speaking' if evaluation.task == TTS else 'reading'} {evaluation.title}:"
+        )
         parts.append(results_table(evaluation))
         parts += evaluation.notes
     return "\n\n".join(parts)
@@ -537,12 +549,18 @@ def _use_text(config, reads, speaks, rows, results, intended_use, limits, langua
     hours = [row.get("hours") for row in rows]
     lines = []
     if hours and all(value is not None for value in hours):
-        lines.append(f"It was trained on {sum(hours):.2f} hours of speech: what is not like that speech, it does not know.")
+        lines.append(
+            f"It was trained on {sum(hours):.2f} hours of speech: what is not like that speech, it does not know."
+        )
     if not results:
         lines.append("How well it does on speech that it has not heard is not measured.")
-    lines.append("Other languages, accents, voices, noise and far microphones are not measured unless a result says so.")
+    lines.append(
+        "Other languages, accents, voices, noise and far microphones are not measured unless a result says so."
+    )
     if reads:
-        lines.append("Transcripts may have words that nobody said. Do not decide on them what matters to somebody unheard.")
+        lines.append(
+            "Transcripts may have words that nobody said. Do not decide on them what matters to somebody unheard."
+        )
         if config is not None:
             lines.append(
                 f"It knows pieces of up to {config.audio_config.max_audio_seconds:.3g} s; `model.transcribe` cuts longer "
@@ -561,7 +579,9 @@ def _licence_text(license, license_name, license_link, base_model, rows, attribu
     else:
         parts.append("The licence of the weights is **not stated**: ask whoever published them before you use them.")
     if base_model:
-        parts.append(f"They were made from [{base_model}](https://huggingface.co/{base_model}), whose licence holds too.")
+        parts.append(
+            f"They were made from [{base_model}](https://huggingface.co/{base_model}), whose licence holds too."
+        )
     for row in rows:
         if row.get("attribution") or row.get("license"):
             words = "; ".join(str(row[key]) for key in ("license", "attribution", "url") if row.get(key))
