@@ -101,11 +101,16 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # PEFT writes a README, or into the one that is there: with the path of the base model on this machine
-        card = Path(output_dir or self.args.output_dir) / CARD
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / CARD
         before = card.read_bytes() if card.is_file() else None
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             card.unlink(missing_ok=True) if before is None else card.write_bytes(before)
+            if folder == Path(
+                self.args.output_dir
+            ):  # what goes to the Hub has no pickle, which nobody should have to trust
+                (folder / "training_args.bin").unlink(missing_ok=True)
 
     def create_model_card(
         self,
@@ -140,7 +145,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             create_model_card(
                 self.args.output_dir,
                 name=model_name,
-                repo_id=self.hub_model_id,
+                repo_id=getattr(self, "hub_model_id", None),
                 language=language,
                 license=license,
                 tags=[tags] if isinstance(tags, str) else list(tags or []),
