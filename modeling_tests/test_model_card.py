@@ -12,7 +12,8 @@ from conftest import build_tiny
 from huggingface_hub import HfApi, ModelCard, RepoUrl, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import get_peft_model
-from test_train_script import SCRATCH, folder, script, train, words  # noqa: F401
+from test_train_script import SCRATCH, script, train, words  # noqa: F401
+from test_train_script import folder as recordings  # noqa: F401
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig, create_model_card
 from mel_llm.card_results import without_local_paths
@@ -285,10 +286,10 @@ def test_paths_of_a_machine_leave_commands_and_addresses_stay():
 # --- the Trainer ----------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_has_its_card(script, folder, tmp_path):  # noqa: F811
+def test_a_finished_run_has_its_card(script, recordings, tmp_path):  # noqa: F811
     output = tmp_path / "run"
-    more = [*SCRATCH, "--eval_data", folder, f"{folder},split=train", "--max_steps", "3"]
-    train(script, *words(folder, output, *more))
+    more = [*SCRATCH, "--eval_data", recordings, f"{recordings},split=train", "--max_steps", "3"]
+    train(script, *words(recordings, output, *more))
     text, data = read(output)
     assert data["pipeline_tag"] == "automatic-speech-recognition" and "trained from scratch" in text
     assert "| `speech`, split train | 12 |" in text and str(tmp_path) not in text
@@ -296,12 +297,12 @@ def test_a_finished_run_has_its_card(script, folder, tmp_path):  # noqa: F811
     assert is_generated(text) and "| train batch size | 4 |" in text
 
 
-def test_a_run_with_adapters_leaves_a_card_that_is_there(script, folder, model_folder, tmp_path):  # noqa: F811
+def test_a_run_with_adapters_leaves_a_card_that_is_there(script, recordings, model_folder, tmp_path):  # noqa: F811
     output = tmp_path / "run"
     output.mkdir()
     (output / "README.md").write_text("# Mine\n")
     more = ["--model_name_or_path", str(model_folder), "--lora", "small", "--max_steps", "2"]
-    run = train(script, *words(folder, output, *more))
+    run = train(script, *words(recordings, output, *more))
     assert (output / "README.md").read_text() == "# Mine\n"
     assert not (output / "checkpoint-2" / "README.md").exists()  # PEFT's, with the path of the base model
 
@@ -311,7 +312,7 @@ def test_a_run_with_adapters_leaves_a_card_that_is_there(script, folder, model_f
     assert data["library_name"] == "peft" and data["license"] == "mit" and str(tmp_path) not in text
 
 
-def test_push_to_hub_brings_the_card(script, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_push_to_hub_brings_the_card(script, recordings, tmp_path, monkeypatch):  # noqa: F811
     uploads = []
 
     def upload_folder(*args, folder_path, **kwargs):
@@ -325,7 +326,7 @@ def test_push_to_hub_brings_the_card(script, folder, tmp_path, monkeypatch):  # 
             if hasattr(owner, function.__name__):
                 monkeypatch.setattr(owner, function.__name__, staticmethod(function) if owner is HfApi else function)
     more = [*SCRATCH, "--max_steps", "2", "--push_to_hub", "--hub_model_id", "ada/reader", "--save_strategy", "no"]
-    train(script, *words(folder, tmp_path / "run", *more))
+    train(script, *words(recordings, tmp_path / "run", *more))
     (files,) = uploads  # once, when everything is there
     assert {"README.md", "model.safetensors", "training_summary.json", "processor_config.json"} <= files.keys()
     assert b'model="ada/reader"' in files["README.md"] and "training_args.bin" not in files
