@@ -325,9 +325,11 @@ def test_push_to_hub_brings_the_card(script, recordings, tmp_path, monkeypatch):
         for function in (upload_folder, create_repo):
             if hasattr(owner, function.__name__):
                 monkeypatch.setattr(owner, function.__name__, staticmethod(function) if owner is HfApi else function)
-    more = [*SCRATCH, "--max_steps", "2", "--push_to_hub", "--hub_model_id", "ada/reader", "--save_strategy", "no"]
-    train(script, *words(recordings, tmp_path / "run", *more))
-    (files,) = uploads  # once, when everything is there
+    more = [*SCRATCH, "--max_steps", "2", "--hub_model_id", "ada/reader", "--save_strategy", "no"]
+    run = train(script, *words(recordings, tmp_path / "run", *more))
+    assert uploads == []
+    run.trainer.push_to_hub()
+    (files,) = uploads
     assert {"README.md", "model.safetensors", "training_summary.json", "processor_config.json"} <= files.keys()
     assert b'model="ada/reader"' in files["README.md"] and "training_args.bin" not in files
     assert not (tmp_path / "run" / ".saving").exists()

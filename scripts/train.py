@@ -623,8 +623,6 @@ def train(run: Run) -> None:
         write_summary(run, metrics, parameters)
         trainer.create_model_card()
         logger.info(f"The trained model is in {folder}.")
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
 
 
 def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:

@@ -213,7 +213,7 @@ def save_whole(trainer: Seq2SeqTrainer, processor, folder: str | os.PathLike) ->
     partial = folder / ".saving"
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)
-    # All processes take part where the weights are sharded. What is not whole yet must not go to the Hub either
+    # All processes take part where the weights are sharded. Not a user's call, which would push the unfinished folder.
     trainer.save_model(str(partial), _internal_call=True)
     if not trainer.args.should_save:
         return
