@@ -175,6 +175,10 @@ def test_a_folder_with_code_says_both_ways(speaking_folder, tmp_path):
     create_model_card(folder, overwrite=True)
     text, data = read(folder)
     assert "trust_remote_code=True" in text and "import mel_llm" in text
+    create_model_card(speaking_folder, with_code=True)
+    assert "trust_remote_code=True" in read(speaking_folder)[0]
+    create_model_card(speaking_folder)
+    assert "trust_remote_code" not in read(speaking_folder)[0]
     # Trained to speak alone: it has not learnt to read
     assert data["pipeline_tag"] == "text-to-speech" and "speech-recognition" not in text
 

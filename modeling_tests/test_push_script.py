@@ -226,7 +226,7 @@ def test_code_that_cannot_be_exported_is_said(push, hub, folder, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["my-model"]  # no copy is left
 
 
-def test_code_goes_into_a_copy(push, hub, folder, monkeypatch):
+def test_code_goes_into_a_copy(push, hub, folder, monkeypatch, capsys):
     import mel_llm
 
     tried = []
@@ -236,6 +236,7 @@ def test_code_goes_into_a_copy(push, hub, folder, monkeypatch):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     push.main([str(folder), "--repo", "ada/my-model", "--with-code"])
     (_, _, names) = hub.calls[-1]
+    assert "with_code=True" in capsys.readouterr().err  # the card knows nothing of it
     assert "modeling_mel_llm.py" in names and "samples/0.wav" in names and len(tried) == 1
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert not tried[0].exists()

@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 import mel_llm
+from mel_llm.model_card import CARD
 from mel_llm.publishing import MAX_FILE_BYTES, file_problems, repository_files, try_model, try_remote_code
 
 
@@ -87,8 +88,6 @@ def upload(folder: Path, arguments: argparse.Namespace) -> str:
     """Uploads in one commit and returns where it is."""
     api = HfApi()
     try:
-        if get_token() is None:
-            raise Refused("there is no token: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
         repo_id = api.create_repo(arguments.repo, private=arguments.private or None, exist_ok=True).repo_id
         if arguments.revision is not None and not arguments.revision.startswith("refs/"):
             api.create_branch(repo_id, branch=arguments.revision, exist_ok=True)
@@ -100,8 +99,6 @@ def upload(folder: Path, arguments: argparse.Namespace) -> str:
             ignore_patterns=[".*", "*/.*"],
             delete_patterns=WEIGHTS,
         )
-    except Refused:
-        raise
     except OfflineModeIsEnabled:
         raise Refused("HF_HUB_OFFLINE is set: unset it to upload.") from None
     except HfHubHTTPError as error:
@@ -152,6 +149,8 @@ def main(argv: list[str]) -> None:
         raise Refused(f"--repo: {error}") from None
     if arguments.repo.count("/") != 1:
         raise Refused(f"--repo must be ORG/NAME, got {arguments.repo!r}.")
+    if not arguments.dry_run and get_token() is None:
+        raise Refused("there is no token: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
     folder = arguments.folder
     did = check(folder, arguments.recording, round(arguments.max_file_mb * 1e6))
     print(f"{folder}: {did['model_class']}; hears {arguments.recording.name} as {did['transcript']!r}", end="")
@@ -162,6 +161,8 @@ def main(argv: list[str]) -> None:
             folder = add_code(folder, Path(staged))
             try_remote_code(folder, arguments.recording)
             print("Runs with its own code, too (trust_remote_code=True).")
+            if "trust_remote_code" not in (folder / CARD).read_text(encoding="utf-8"):
+                print(f"{CARD} does not tell of it: create_model_card(..., with_code=True).", file=sys.stderr)
         files = repository_files(folder)
         size = sum(path.stat().st_size for path in files)
         for path in files:

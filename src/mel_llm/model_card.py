@@ -64,6 +64,7 @@ def create_model_card(
     attribution: str | None = None,
     training: dict | None = None,
     config: MelLLMConfig | None = None,
+    with_code: bool = False,
     overwrite: bool = False,
 ) -> ModelCard:
     r"""Writes `README.md` into the folder of a model or of adapters: its card for the Hub.
@@ -91,6 +92,8 @@ def create_model_card(
         intended_use, limits, attribution (`str`, *optional*): More to be said, in Markdown.
         training (`dict`, *optional*): What a training run knows that is not in the folder's files yet; the same names.
         config ([`MelLLMConfig`], *optional*): Read from the folder, or the adapters' base, by default.
+        with_code (`bool`, defaults to `False`): The repository will have this package's code (`scripts/push.py
+            --with-code`). A folder that has it already is recognised.
         overwrite (`bool`, defaults to `False`): Also replace a card that somebody wrote or edited.
 
     Returns:
@@ -151,7 +154,7 @@ def create_model_card(
         place=place,
         reads=reads,
         speaks=speaks,
-        has_code=bool(_read_json(folder / "config.json").get("auto_map")),
+        has_code=with_code or bool(_read_json(folder / "config.json").get("auto_map")),
         is_adapter=bool(adapter),
         adapter_base=adapter_base,
         samples=_samples(folder, samples),

@@ -107,6 +107,7 @@ def _card_problems(folder: Path) -> list[str]:
 def _trace_problems(folder: Path, files: list[Path]) -> list[str]:
     """Paths of this machine: nobody else has them, and they tell who worked where."""
     problems = []
+    traces = {str(Path.home()), str(folder.resolve().parent), os.getcwd()} - {"/", "/root"}
     for path in files:
         name = path.relative_to(folder).as_posix()
         if path.suffix not in (".json", ".md", ".txt", ".jinja", ".yaml", ".yml", ".csv"):
@@ -114,6 +115,7 @@ def _trace_problems(folder: Path, files: list[Path]) -> list[str]:
         if name == "tokenizer.json" or path.stat().st_size > _MAX_TEXT:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
+        found = [trace for trace in sorted(traces) if trace + os.sep in text]
         if path.suffix == ".json":
             try:
                 content = json.loads(text)
@@ -121,16 +123,17 @@ def _trace_problems(folder: Path, files: list[Path]) -> list[str]:
                 problems.append(f"{name} is not JSON: {error}")
                 continue
             if path.name in _CONFIGS:
-                problems += [f"{name}: `{key}` is a path of this machine: {value}" for key, value in _paths(content)]
+                paths = [f"{name}: `{key}` is a path of this machine: {value}" for key, value in _paths(content)]
+                problems += paths
+                found = [] if paths else found
                 base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
                 if path.name == "adapter_config.json" and not _ABSOLUTE.fullmatch(str(base)):
                     if not base or base.startswith(".") or os.path.exists(base):
                         problems.append(
                             f"{name}: `base_model_name_or_path` must be the base model's name on the Hub, got {base!r}"
                         )
-        for trace in {str(Path.home()), str(folder.resolve().parent), os.getcwd()} - {"/", "/root"}:
-            if len(trace) > 4 and trace + os.sep in text and f"{name}:" not in " ".join(problems):
-                problems.append(f"{name}: names a folder of this machine, {trace}")
+        if found:
+            problems.append(f"{name}: names a folder of this machine, {found[0]}")
     return problems
 
 
