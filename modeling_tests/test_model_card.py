@@ -132,6 +132,8 @@ def test_rates_on_clips_that_were_trained_on_are_no_results(model_folder, seen):
     create_model_card(model_folder)
     text, data = read(model_folder)
     assert "model-index" not in data and "12.34" in text
+    create_model_card(model_folder, evaluations=[{"dataset": "/x/prompts", "split": "train", "wer": 0.0}])
+    assert "model-index" not in read(model_folder)[1] and "was trained on these clips**" in read(model_folder)[0]
     assert ("was trained on these clips**" in text) == bool(seen) and ("is not recorded" in text) == (seen is None)
 
 

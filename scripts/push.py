@@ -3,9 +3,10 @@
     python scripts/push.py hub_cards/mel-llm-small-en --repo ORG/mel-llm-small-en --dry-run
     python scripts/push.py hub_cards/mel-llm-small-en --repo ORG/mel-llm-small-en --private --with-code
 
-The folder is what the repository will be: see hub_cards/README.md. Before anything is uploaded, its files and its card's
-metadata are checked, the model is loaded, transcribes a recording and, if it has a speech head, speaks. One commit brings
-all files; weights in the repository that the folder does not have go with it. HF_ENDPOINT and HF_TOKEN are respected.
+The folder is what the repository will be: see hub_cards/README.md. Before anything is uploaded, its files and its
+card's metadata are checked, the model is loaded, transcribes a recording and, if it has a speech head, speaks. One commit
+brings all files; weights in the repository that the folder does not have go with it. HF_ENDPOINT and HF_TOKEN are
+respected.
 """
 
 import argparse

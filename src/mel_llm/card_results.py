@@ -107,7 +107,7 @@ def local_name(place: str) -> str:
 
 
 def without_local_paths(text: str) -> str:
-    """A command line without the folders of the machine that it ran on: `/home/me/speech,split=test` is `speech,split=test`."""
+    """A command line without the folders of its machine: `/home/me/speech,split=test` is `speech,split=test`."""
     return _LOCAL_PATH.sub(lambda match: match.group(1), text)
 
 
@@ -120,10 +120,10 @@ def read_evaluation(source, model_name: str) -> Evaluation:
     r"""One evaluation.
 
     Args:
-        source (`str`, `os.PathLike` or `dict`): A JSON file, its content, or a dict with `file` and what the file does not
-            say: `dataset`, `config`, `split`, `task`, `command`, `notes`. Three forms are known: what
-            `scripts/evaluate_tts.py` writes; `{"metrics": {"wer": 0.1, ...}, "dataset": ..., "command": ...}`; and the bare
-            numbers of a metric's `compute()` or of the Trainer's `evaluate()`.
+        source (`str`, `os.PathLike` or `dict`): A JSON file, its content, or a dict with `file` and what the file does
+            not say: `dataset`, `config`, `split`, `task`, `command`, `notes`. Three forms are known: what
+            `scripts/evaluate_tts.py` writes; `{"metrics": {"wer": 0.1, ...}, "dataset": ..., "command": ...}`; and the
+            bare numbers of a metric's `compute()` or of the Trainer's `evaluate()`.
         model_name (`str`): Tells which of several systems is the card's model.
 
     Raises:

@@ -70,8 +70,8 @@ class Demo:
     r"""What can be done on the page. One visitor at a time: the model is one.
 
     Args:
-        model ([`MelLLMForSpeechSeq2Seq`] or [`MelLLMForTextToSpeech`]): In evaluation mode. It speaks if it has a speech head
-            and a vocoder.
+        model ([`MelLLMForSpeechSeq2Seq`] or [`MelLLMForTextToSpeech`]): In evaluation mode. It speaks if it has a speech
+            head and a vocoder.
         processor ([`MelLLMProcessor`]): Its processor.
         max_seconds (`float`, defaults to 600): Longest recording.
         max_chars (`int`, defaults to 2000): Longest text to speak.
@@ -101,7 +101,8 @@ class Demo:
         seconds = len(audio) / self.rate
         if seconds > self.max_seconds:
             raise ValueError(
-                f"This page takes recordings of up to {self.max_seconds:g} seconds. For longer ones: mel-llm transcribe."
+                f"This page takes recordings of up to {self.max_seconds:g} seconds. For longer ones there is "
+                "`mel-llm transcribe`."
             )
         frames = self._log_mel(audio)
         image = mel_image(frames)

@@ -1,7 +1,7 @@
 """The card of a model: what it is, how it was trained, what it can do, filled from files and never from imagination.
 
-What is not known is left out, or said to be unknown. Error rates are ratios in this package and per cent on a card, as on
-the Hub.
+What is not known is left out, or said to be unknown. Error rates are ratios in this package and per cent on a card, as
+on the Hub.
 """
 
 import hashlib
@@ -39,6 +39,7 @@ _MARK = "<!-- Written by mel_llm.create_model_card, and anew as long as nobody e
 _MARKED = re.compile(r"\n<!-- Written by mel_llm\.create_model_card[^\n]*: ([0-9a-f]{16}) -->\n*\Z")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _NAME_OF_LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+_SEEN = "**The model was trained on these clips**: this does not tell how it does on others."
 _TASK_TAGS = {"asr": ASR, "tts": TTS}
 _PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -70,8 +71,8 @@ def create_model_card(
     r"""Writes `README.md` into the folder of a model or of adapters: its card for the Hub.
 
     The model is described from its config and the headers of its weights; the training from `training_summary.json` and
-    `trainer_state.json`, as `scripts/train.py` leaves them; the results from `evaluations`. A card that this function wrote
-    is written anew as long as nobody has edited it.
+    `trainer_state.json`, as `scripts/train.py` leaves them; the results from `evaluations`. A card that this function
+    wrote is written anew as long as nobody has edited it.
 
     Args:
         folder: Where the model lies.
@@ -121,7 +122,7 @@ def create_model_card(
     speaks = config is not None and config.speech_config is not None
     reads = tasks != ["tts"] or not speaks
     rows = _data_rows(run, data)
-    results = [read_evaluation(source, name) for source in evaluations]
+    results = [_checked(read_evaluation(source, name), run) for source in evaluations]
     while_training = _training_evaluations(run)
     base_model, adapter_base = _base_models(base_model, run, config, adapter)
     place = repo_id or f"./{name}"
@@ -232,7 +233,7 @@ def _id_problems(key: str, value: str) -> list[str]:
     return []
 
 
-# --- what the files say -------------------------------------------------------------------------------------------------
+# --- what the files say ---------------------------------------------------------------------------------------------
 
 
 def _read_json(path: Path) -> dict:
@@ -340,7 +341,7 @@ def _training_evaluations(run: dict) -> list[Evaluation]:
             if task == ASR and setup.get("wer_normalizer") and "wer" in numbers:
                 notes.append(f"Normaliser of texts: {setup['wer_normalizer']}.")
             if seen:
-                notes.append("**The model was trained on these clips**: this does not tell how it does on others.")
+                notes.append(_SEEN)
             elif not is_known:
                 notes.append("Whether it was trained on these clips too is not recorded.")
             evaluations.append(
@@ -357,11 +358,26 @@ def _training_evaluations(run: dict) -> list[Evaluation]:
     return evaluations
 
 
+def _checked(evaluation: Evaluation, run: dict) -> Evaluation:
+    """The evaluation; no result if it was made on what the run names as its training data."""
+    for source in (run.get("setup") or {}).get("train_data") or []:
+        place = local_name(source["place"]) if source.get("is_local") else source["place"]
+        if (place, source.get("config"), source.get("split")) == (
+            evaluation.dataset,
+            evaluation.config,
+            evaluation.split,
+        ):
+            evaluation.is_published = False
+            evaluation.notes.append(_SEEN)
+            break
+    return evaluation
+
+
 def _identity(source: dict) -> tuple:
     return source["place"], source.get("config"), source.get("split")
 
 
-# --- what the card says ---------------------------------------------------------------------------------------------------
+# --- what the card says ---------------------------------------------------------------------------------------------
 
 
 def _environment():
@@ -566,8 +582,8 @@ def _use_text(config, reads, speaks, rows, results, intended_use, limits, langua
         )
         if config is not None:
             lines.append(
-                f"It knows pieces of up to {config.audio_config.max_audio_seconds:.3g} s; `model.transcribe` cuts longer "
-                "recordings at their pauses."
+                f"It knows pieces of up to {config.audio_config.max_audio_seconds:.3g} s; `model.transcribe` cuts "
+                "longer recordings at their pauses."
             )
     if speaks:
         lines.append("Do not speak in the voice of a person who has not agreed, and say that the speech is synthetic.")

@@ -1,4 +1,4 @@
-"""What a folder must be before it goes to the Hub: whole, loadable, without pickles, and without traces of this machine."""
+"""What a folder must be before it goes to the Hub: whole, loadable, without pickles or traces of this machine."""
 
 import json
 import os
@@ -158,8 +158,8 @@ def try_model(folder: str | os.PathLike, recording: str | os.PathLike, text: str
         text (`str`): What is spoken, for up to two seconds.
 
     Returns:
-        `dict`: `model_class`, `transcript`, and for models that speak `seconds` of speech (of log-mel frames where there is
-        no vocoder).
+        `dict`: `model_class`, `transcript`, and for models that speak `seconds` of speech (of log-mel frames where
+            there is no vocoder).
 
     Raises:
         ValueError: It does not load, lacks weights, or what it makes is not finite.

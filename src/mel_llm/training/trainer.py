@@ -127,8 +127,9 @@ class SpeechTrainer(Seq2SeqTrainer):
     ) -> None:
         """Writes the model's card, as [`mel_llm.create_model_card`] does, into `args.output_dir`.
 
-        A card that somebody wrote or edited is left alone. Arguments are as for [`~transformers.Trainer.create_model_card`]
-        (`tasks`, `dataset` and `dataset_args` have no place on this card); others go to [`mel_llm.create_model_card`].
+        A card that somebody wrote or edited is left alone. Arguments are as for
+        [`~transformers.Trainer.create_model_card`] (`tasks`, `dataset` and `dataset_args` have no place on this card);
+        others go to [`mel_llm.create_model_card`].
         """
         if not self.is_world_process_zero():
             return
