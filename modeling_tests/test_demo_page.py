@@ -106,7 +106,7 @@ def test_it_speaks_sentence_by_sentence(speaking):
     speaking[0].config.speech_config.min_tokens_per_second = 30.0
     text = "This is the first sentence. And this is another one."
     steps = list(demo.speak(text, 0.5, 3))
-    assert [step[0] is None for step in steps[:-1]] == [True] * (len(steps) - 1) and len(steps) == 3
+    assert [step[0] is None for step in steps[:-1]] == [True] * (len(steps) - 1) and len(steps) == 4
     (rate, samples), image, status = steps[-1]
     assert rate == 16000 and samples.dtype == np.int16 and len(samples) > 1600 and "synthetic" in status
     assert image.ndim == 3
@@ -148,7 +148,6 @@ def test_the_command_says_what_it_lacks(tiny_folder, tmp_path, monkeypatch):
     for arguments, message in [
         ([], "no model"),
         (["--model", tiny_folder], "mel-llm[demo]"),
-        (["--model", tiny_folder, "--dtype", "int4"], "--dtype"),
     ]:
         result = CliRunner().invoke(app, ["demo", *arguments])
         assert result.exit_code == 2 and message in result.stderr

@@ -54,9 +54,11 @@ def test_public_names():
         "Segment",
         "Transcription",
         "create_model_card",
+        "iter_speech",
         "load_audio",
         "register",
         "split_audio",
+        "split_sentences",
         "stream_audio",
         "transcribe",
     }

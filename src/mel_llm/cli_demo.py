@@ -1,10 +1,11 @@
 """`mel-llm demo`: a page to try a model on, in the browser."""
 
 import os
-import sys
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from .cli_common import fail, interruptible, load, report
 
 
 def demo(
@@ -23,43 +24,41 @@ def demo(
     Only this machine can reach the page, and nothing leaves it. It needs gradio: pip install "mel-llm[demo]".
     """
     if model is None:
-        _fail("no model: pass --model FOLDER, or set MEL_LLM_MODEL.")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        _fail(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    try:
-        _serve(model, host, port, max_seconds, max_chars, queue_size, open_browser, device, dtype)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        fail("no model: pass --model FOLDER, or set MEL_LLM_MODEL.")
+    with interruptible():
+        demo = _load(model, device, dtype, max_seconds, max_chars)
+        _serve(demo, os.path.basename(os.path.normpath(model)) or model, host, port, queue_size, open_browser)
 
 
-def _serve(model, host, port, max_seconds, max_chars, queue_size, open_browser, device, dtype) -> None:
-    # Imported late: `mel-llm --help` need not wait for torch; and gradio before the model, which may take long to load
+def _load(model: str, device: str | None, dtype: str, max_seconds: float, max_chars: int):
+    # Before the model, which may take long to load
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401
     except ImportError:
-        _fail('the demo page needs gradio: pip install "mel-llm[demo]", or pip install gradio.')
-    import torch
-    from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor
+        fail('the demo page needs gradio: pip install "mel-llm[demo]", or pip install gradio.')
+    from transformers import AutoConfig
 
     import mel_llm
 
-    from .demo_page import Demo, build_page
+    from .demo_page import Demo
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config = AutoConfig.from_pretrained(model)
-        if config.model_type != mel_llm.MelLLMConfig.model_type:
-            _fail(f"{model} is no Mel-LLM but of the type {config.model_type!r}.")
-        processor = AutoProcessor.from_pretrained(model)
-        auto_class = AutoModelForSpeechSeq2Seq if config.speech_config is None else AutoModelForTextToWaveform
-        loaded = auto_class.from_pretrained(model, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        _fail(error)
-    name = os.path.basename(os.path.normpath(model)) or model
-    page = build_page(Demo(loaded, processor, max_seconds, max_chars), f"Mel-LLM: {name}")
+    except (OSError, ValueError) as error:
+        fail(error)
+    if config.model_type != mel_llm.MelLLMConfig.model_type:
+        fail(f"{model} is no Mel-LLM but of the type {config.model_type!r}.")
+    auto_class = "AutoModelForSpeechSeq2Seq" if config.speech_config is None else "AutoModelForTextToWaveform"
+    return Demo(*load(auto_class, model, device, dtype, check=lambda processor: None), max_seconds, max_chars)
+
+
+def _serve(demo, name: str, host: str, port: int, queue_size: int, open_browser: bool) -> None:
+    from .demo_page import build_page
+
+    page = build_page(demo, f"Mel-LLM: {name}")
     if host not in ("127.0.0.1", "localhost", "::1"):
-        _report(f"Whoever reaches {host} can use this page: there is no password.")
+        report(f"Whoever reaches {host} can use this page: there is no password.")
     page.queue(max_size=queue_size, default_concurrency_limit=1)
     try:
         _, url, _ = page.launch(
@@ -73,18 +72,9 @@ def _serve(model, host, port, max_seconds, max_chars, queue_size, open_browser, 
             prevent_thread_lock=True,
         )
     except OSError as error:
-        _fail(f"the page cannot be opened on {host}:{port}: {' '.join(str(error).split())}")
-    _report(f"The page is at {url} (Ctrl-C ends it).")
+        fail(f"the page cannot be opened on {host}:{port}: {' '.join(str(error).split())}")
+    report(f"The page is at {url} (Ctrl-C ends it).")
     page.block_thread()
-
-
-def _report(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _fail(message: object) -> NoReturn:
-    _report(f"mel-llm: {message}")
-    raise typer.Exit(2)
 
 
 __all__ = ["demo"]

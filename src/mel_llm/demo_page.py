@@ -189,16 +189,24 @@ class Demo:
             raise ValueError(f"This page speaks up to {self.max_chars:,} characters, and these are {len(text):,}.")
         if seed is not None and (seed < 0 or seed != int(seed)):
             raise ValueError(f"The seed must be a whole number from 0 on, got {seed:g}.")
-        sentences = split_sentences(text)
-        yield None, None, f"Sentence 1 of {len(sentences)} ..."
-        audio, image, pieces = np.zeros(0, np.float32), None, []
-        options = {"temperature": float(temperature), "seed": None if seed is None else int(seed)}
-        for number, (_, piece) in enumerate(iter_speech(self.model, self.processor, text, **options), start=1):
+        total = len(split_sentences(self.processor.clean_speech_text(text)))
+        yield None, None, f"Sentence 1 of {total} ..."
+        pieces: list[np.ndarray] = []
+        frames: list[np.ndarray] = []  # as the model wrote them
+        image = None
+        speech = iter_speech(
+            self.model,
+            self.processor,
+            text,
+            seed=None if seed is None else int(seed),
+            on_sentence=lambda sentence, output: frames.append(output.spectrogram[0].float().cpu().numpy()),
+            temperature=float(temperature),
+        )
+        for _, piece in speech:
             pieces.append(piece.numpy())
-            audio = np.concatenate(pieces)
-            image = mel_image(self._log_mel(audio))
-            if number < len(sentences):
-                yield None, image, f"Sentence {number + 1} of {len(sentences)} ..."
+            image = mel_image(np.concatenate(frames))
+            yield None, image, f"{len(pieces)} of {max(total, len(pieces))} sentences are spoken ..."
+        audio = np.concatenate(pieces)
         samples = (np.clip(audio, -1, 1) * 32767).round().astype(np.int16)
         yield (self.rate, samples), image, f"{len(audio) / self.rate:.1f} s of speech. It is synthetic."
 
@@ -271,7 +279,7 @@ def build_page(demo: Demo, title: str = "Mel-LLM"):
                     say = gradio.Button("Speak", variant="primary")
                     hush = gradio.Button("Stop")
                 spoken = gradio.Audio(label="What the model says", interactive=False, **private)
-                written = gradio.Image(label="Its log-mel", interactive=False, **private)
+                written = gradio.Image(label="The log-mel that it writes", interactive=False, **private)
                 status = gradio.Markdown()
                 run = say.click(
                     explained(demo.speak, 1),
