@@ -302,6 +302,15 @@ def test_a_finished_run_has_its_card(script, recordings, tmp_path):  # noqa: F81
     assert "model-index" not in data and "was trained on these clips**" in text  # twelve of the sixteen
     assert is_generated(text) and "| train batch size | 4 |" in text
 
+    output = tmp_path / "unseen"
+    more = [*SCRATCH, "--eval_data", recordings, "--max_steps", "3", "--speed_factors", "0.9", "1.1"]
+    train(script, *words(recordings, output, *more))
+    text, data = read(output)
+    assert "was trained on these clips" not in text and "| speed factors | [0.9, 1.1] |" in text
+    _, results = model_index_to_eval_results(data["model-index"])
+    assert {result.metric_type for result in results} == {"wer", "cer"}
+    assert {result.dataset_split for result in results} == {"validation"}
+
 
 def test_a_run_with_adapters_leaves_a_card_that_is_there(script, recordings, model_folder, tmp_path):  # noqa: F811
     output = tmp_path / "run"

@@ -83,6 +83,7 @@ from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrai
 logger = logging.getLogger("train")
 
 SUMMARY = "training_summary.json"
+AUGMENTATIONS = ("speed_factors", "spec_augment", "conditions", "voice_warp", "voice_pairs")
 
 # What these arguments ask for lies in a checkpoint once there is one
 NEW_MODELS_ONLY = ("gguf_file", "revision", "audio_config", "text_config", "transcription_instruction")
@@ -456,7 +457,7 @@ def describe_setup(model_args: ModelArguments, data_args: DataArguments, sources
         "train_data": described(sources, "train"),
         "eval_data": described(eval_sources, "validation"),
         "wer_normalizer": data_args.wer_normalizer,
-        "augmentation": {"speed_factors": data_args.speed_factors, "spec_augment": data_args.spec_augment},
+        "augmentation": {name: getattr(data_args, name) for name in AUGMENTATIONS},
     }
 
 
@@ -595,7 +596,7 @@ def prepare(argv: list[str]) -> Run | None:
         }
         if not streaming:
             trained = set(clips_of(train_set.data))
-            setup["eval_clips_trained_on"] = sum(clip in trained for clip in clips_of(rows_of(selections)))
+            setup["eval_clips_trained_on"] = sum(clip in trained for clip in clips_of(rows_of(chosen)))
         eval_set = eval_sets if len(eval_sets) > 1 else eval_sets[data_args.tasks[0]]
 
     audio_config = model.config.audio_config

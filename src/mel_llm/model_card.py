@@ -470,6 +470,8 @@ def _config_rows(config: MelLLMConfig, tasks: list[str]) -> list[tuple[str, str]
             "none: it writes spectrograms" if config.vocoder_config is None else config.vocoder_config.vocoder_type
         )
         rows.append(("vocoder", vocoder))
+    if getattr(audio, "ctc_weight", 0) > 0:
+        rows.append(("CTC head", f"weight {audio.ctc_weight:g} in training"))
     if tasks:
         rows.append(("trained to", " and ".join({"asr": "read", "tts": "speak"}[task] for task in tasks)))
     return rows
@@ -509,7 +511,11 @@ def _training_text(run: dict, state: dict, rows: list[dict], tasks: list[str]) -
     if length.get("lora"):
         facts.append(("LoRA preset", length["lora"] + (", merged" if length.get("merge_lora") else "")))
     facts += [(key.replace("_", " "), without_local_paths(value)) for key, value in _hyperparameters(run)]
-    facts += [(key.replace("_", " "), value) for key, value in (setup.get("augmentation") or {}).items() if value]
+    facts += [
+        (key.replace("_", " "), "yes" if value is True else value)
+        for key, value in (setup.get("augmentation") or {}).items()
+        if value
+    ]
     facts += _losses(state)
     versions = run.get("versions") or {}
     if versions:
