@@ -72,7 +72,8 @@ def _serve(demo, name: str, host: str, port: int, queue_size: int, open_browser:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        fail(f"the page cannot be opened on {host}:{port}: {' '.join(str(error).split())}")
+        reason = str(error).split(". ")[0].strip()
+        fail(f"the page cannot be opened on {host}:{port}: {reason}. Choose another --port or --host.")
     report(f"The page is at {url} (Ctrl-C ends it).")
     page.block_thread()
 
