@@ -53,6 +53,7 @@ def test_public_names():
         "MelLLMVocoderConfig",
         "Segment",
         "Transcription",
+        "create_model_card",
         "iter_speech",
         "load_audio",
         "register",

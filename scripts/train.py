@@ -13,6 +13,7 @@ with `pipeline("automatic-speech-recognition", model=OUTPUT_DIR)`, and "text-to-
 `mel_llm` is imported.
 """
 
+import importlib.metadata
 import json
 import logging
 import math
@@ -36,6 +37,7 @@ from transformers import (
     HfArgumentParser,
     set_seed,
 )
+from transformers.modelcard import extract_hyperparameters_from_trainer
 
 import mel_llm
 from mel_llm import (
@@ -81,6 +83,7 @@ from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrai
 logger = logging.getLogger("train")
 
 SUMMARY = "training_summary.json"
+AUGMENTATIONS = ("speed_factors", "spec_augment", "conditions", "voice_warp", "voice_pairs")
 
 # What these arguments ask for lies in a checkpoint once there is one
 NEW_MODELS_ONLY = ("gguf_file", "revision", "audio_config", "text_config", "transcription_instruction")
@@ -225,6 +228,10 @@ def rows_of(selections: list[Selection]):
     from datasets import concatenate_datasets
 
     return concatenate_datasets([selection.rows for selection in selections])
+
+
+def clips_of(rows):
+    return zip(rows["origin"], rows["offset"], strict=True)
 
 
 def mixing_weights(selections: list[Selection], data_args: DataArguments) -> list[float] | None:
@@ -415,6 +422,7 @@ class Run:
     trainer: SpeechTrainer
     processor: mel_llm.MelLLMProcessor
     checkpoint: str | None
+    setup: dict
     merge_lora: bool
     length: dict
     reports: dict[str, dict]
@@ -428,6 +436,28 @@ def length_of(training_args: SpeechTrainingArguments, model_args: ModelArguments
         "lora": model_args.lora,
         "merge_lora": model_args.merge_lora,
         "tasks": data_args.tasks,
+    }
+
+
+def describe_setup(model_args: ModelArguments, data_args: DataArguments, sources, eval_sources) -> dict:
+    """What the run began with, for its summary and the model's card."""
+
+    def described(sources, split):
+        named = ("place", "config", "weight", "task", "streaming")
+        return [
+            {key: getattr(source, key) for key in named}
+            | {"split": source.split or split, "is_local": os.path.exists(os.path.expanduser(source.place))}
+            for source in sources
+        ]
+
+    name = model_args.model_name_or_path
+    return {
+        "model_name_or_path": name,
+        "model_is_local": name is None or os.path.exists(os.path.expanduser(name)),
+        "train_data": described(sources, "train"),
+        "eval_data": described(eval_sources, "validation"),
+        "wer_normalizer": data_args.wer_normalizer,
+        "augmentation": {name: getattr(data_args, name) for name in AUGMENTATIONS},
     }
 
 
@@ -498,6 +528,7 @@ def prepare(argv: list[str]) -> Run | None:
     if data_args.features_on_device and training_args.dataloader_num_workers == 0 and not torch.cuda.is_available():
         logger.info("--features_on_device: there is no GPU, so features are made on the CPU, in this process.")
 
+    setup = describe_setup(model_args, data_args, sources, eval_sources)
     if checkpoint is not None:
         # What began as something else is a Mel-LLM by now, with a tokenizer and a normalisation of its own
         base = Path(training_args.output_dir) / "base"
@@ -563,6 +594,9 @@ def prepare(argv: list[str]) -> Run | None:
             task: SpeechDataset(rows_of([selection for selection in chosen if selection.task == task]), rate)
             for task in data_args.tasks
         }
+        if not streaming:
+            trained = set(clips_of(train_set.data))
+            setup["eval_clips_trained_on"] = sum(clip in trained for clip in clips_of(rows_of(chosen)))
         eval_set = eval_sets if len(eval_sets) > 1 else eval_sets[data_args.tasks[0]]
 
     audio_config = model.config.audio_config
@@ -609,7 +643,7 @@ def prepare(argv: list[str]) -> Run | None:
         ctc_only_steps=training_args.ctc_only_steps,
     )
     length = length_of(training_args, model_args, data_args)
-    return Run(trainer, processor, checkpoint, model_args.merge_lora, length, reports, counts)
+    return Run(trainer, processor, checkpoint, setup, model_args.merge_lora, length, reports, counts)
 
 
 def transcripts(datasets_: list):
@@ -635,6 +669,7 @@ def train(run: Run) -> None:
     trainer.save_state()
     if trainer.args.should_save:
         write_summary(run, metrics, parameters)
+        trainer.create_model_card()
         logger.info(f"The trained model is in {folder}.")
 
 
@@ -651,6 +686,7 @@ def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
         )
     summary = {
         "length": run.length,
+        "setup": {**run.setup, "hyperparameters": extract_hyperparameters_from_trainer(run.trainer)},
         "metrics": metrics,
         "data": run.reports,
         "skipped_in_training": skipped,
@@ -659,6 +695,7 @@ def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
             "mel_llm": mel_llm.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **({"peft": importlib.metadata.version("peft")} if run.length["lora"] else {}),
         },
     }
     path = Path(run.trainer.args.output_dir) / SUMMARY

@@ -7,6 +7,7 @@ and PEFT to work with a Mel-LLM checkpoint.
 from .audio_utils_mel_llm import load_audio, stream_audio
 from .configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMSpeechConfig, MelLLMVocoderConfig
 from .feature_extraction_mel_llm import MelLLMFeatureExtractor
+from .model_card import create_model_card
 from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel, MelLLMPreTrainedModel
 from .modeling_mel_llm_speech import MelLLMForTextToSpeech
 from .processing_mel_llm import MelLLMProcessor
@@ -34,6 +35,7 @@ __all__ = [
     "MelLLMVocoderConfig",
     "Segment",
     "Transcription",
+    "create_model_card",
     "iter_speech",
     "load_audio",
     "register",

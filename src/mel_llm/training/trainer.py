@@ -8,11 +8,18 @@ from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.utils import logging
 
+from ..model_card import CARD, create_model_card
 from ..modeling_mel_llm_speech import MelLLMSpeechOutput
 from .collator import TaskCollator
 from .dataset import SpeechDataset
+from .lora import count_parameters
 from .sampler import SpeechSampler
+
+
+logger = logging.get_logger(__name__)
 
 
 class _SetEpoch(TrainerCallback):
@@ -103,6 +110,66 @@ class SpeechTrainer(Seq2SeqTrainer):
             logs = {**logs, "bad_clips": self.train_dataset.num_bad_clips}
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # PEFT writes a README, or into the one that is there: with the path of the base model on this machine
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / CARD
+        before = card.read_bytes() if card.is_file() else None
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            card.unlink(missing_ok=True) if before is None else card.write_bytes(before)
+            if folder == Path(
+                self.args.output_dir
+            ):  # what goes to the Hub has no pickle, which nobody should have to trust
+                (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        **kwargs,
+    ) -> None:
+        """Writes the model's card, as [`mel_llm.create_model_card`] does, into `args.output_dir`.
+
+        A card that somebody wrote or edited is left alone. Arguments are as for
+        [`~transformers.Trainer.create_model_card`] (`tasks`, `dataset` and `dataset_args` have no place on this card);
+        others go to [`mel_llm.create_model_card`].
+        """
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        trained, total = count_parameters(model)
+        record = {
+            "hyperparameters": extract_hyperparameters_from_trainer(self),
+            "parameters": {"trained": trained, "all": total},
+            "state": {name: getattr(self.state, name) for name in ("global_step", "epoch", "log_history")},
+        }
+        datasets = [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or [])
+        data = kwargs.pop("data", [{"name": name} for name in datasets])
+        try:
+            create_model_card(
+                self.args.output_dir,
+                name=model_name,
+                repo_id=getattr(self, "hub_model_id", None),
+                language=language,
+                license=license,
+                tags=[tags] if isinstance(tags, str) else list(tags or []),
+                base_model=finetuned_from,
+                data=data,
+                training=record,
+                config=model.config,
+                **kwargs,
+            )
+        except FileExistsError as error:
+            logger.warning(f"{error} The card is left as it is.")
+
 
 def _is_spoken(inputs: dict[str, Any]) -> bool:
     labels = inputs.get("labels")
@@ -165,7 +232,8 @@ def save_whole(trainer: Seq2SeqTrainer, processor, folder: str | os.PathLike) ->
     partial = folder / ".saving"
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)
-    trainer.save_model(str(partial))  # all processes take part where the weights are sharded
+    # All processes take part where the weights are sharded. Not a user's call, which would push the unfinished folder.
+    trainer.save_model(str(partial), _internal_call=True)
     if not trainer.args.should_save:
         return
     processor.save_pretrained(partial)

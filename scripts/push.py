@@ -1,0 +1,187 @@
+"""Checks a folder with a model and its card, and uploads it to the Hub.
+
+    python scripts/push.py hub_cards/mel-llm-small-en --repo ORG/mel-llm-small-en --dry-run
+    python scripts/push.py hub_cards/mel-llm-small-en --repo ORG/mel-llm-small-en --private --with-code
+
+The folder is what the repository will be: see hub_cards/README.md. Before anything is uploaded, its files and its
+card's metadata are checked, the model is loaded, transcribes a recording and, if it has a speech head, speaks. One commit
+brings all files; weights in the repository that the folder does not have go with it. HF_ENDPOINT and HF_TOKEN are
+respected.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+import mel_llm
+from mel_llm.model_card import CARD
+from mel_llm.publishing import MAX_FILE_BYTES, file_problems, repository_files, try_model, try_remote_code
+
+
+RECORDING = Path(__file__).resolve().parents[1] / "demo_clips" / "en_hello-world.flac"
+# Weights beside which others would be misread: shards beside a whole file, adapters beside a model
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json", "pytorch_model*"]
+
+
+class Refused(Exception):
+    """What the user is told in one line."""
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="push.py", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the folder that the repository is to hold")
+    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; it is made if need be")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="the branch; it is made if need be (main by default)")
+    parser.add_argument("--message", default=None, help="the commit's title")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, upload nothing")
+    parser.add_argument(
+        "--with-code", action="store_true", help="add the code, for trust_remote_code=True without the package"
+    )
+    parser.add_argument("--recording", type=Path, default=RECORDING, help="speech that the model transcribes first")
+    parser.add_argument(
+        "--max-file-mb", type=float, default=MAX_FILE_BYTES / 1e6, help="refuse larger files (the Hub's limit)"
+    )
+    return parser.parse_args(argv)
+
+
+def check(folder: Path, recording: Path, max_file_bytes: int) -> dict:
+    """Refuses a folder that is not fit to be published; says what the model did."""
+    problems = file_problems(folder, max_file_bytes)
+    if problems:
+        raise Refused("\n  ".join([f"{folder} cannot be published as it is:", *problems]))
+    if not recording.is_file():
+        raise Refused(f"--recording: there is no file {recording}.")
+    return try_model(folder, recording)
+
+
+def add_code(folder: Path, staged: Path) -> Path:
+    """A copy of the folder with the code in it; weights are linked, not copied, where the disk allows it."""
+    try:
+        from mel_llm import export_remote_code
+    except ImportError:
+        raise Refused("--with-code: this version of mel_llm cannot export its code.") from None
+
+    def copy(source, target):
+        if source.endswith(".safetensors"):
+            try:
+                return os.link(source, target)
+            except OSError:
+                pass
+        return shutil.copy2(source, target)
+
+    target = staged / folder.resolve().name
+    shutil.copytree(folder, target, copy_function=copy, ignore=shutil.ignore_patterns(".*"))
+    export_remote_code(target)
+    return target
+
+
+def upload(folder: Path, arguments: argparse.Namespace) -> str:
+    """Uploads in one commit and returns where it is."""
+    api = HfApi()
+    try:
+        repo_id = api.create_repo(arguments.repo, private=arguments.private or None, exist_ok=True).repo_id
+        if arguments.revision is not None and not arguments.revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=arguments.revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=arguments.revision,
+            commit_message=arguments.message or f"Upload {folder.resolve().name} (mel_llm {mel_llm.__version__})",
+            ignore_patterns=[".*", "*/.*"],
+            delete_patterns=WEIGHTS,
+        )
+    except OfflineModeIsEnabled:
+        raise Refused("HF_HUB_OFFLINE is set: unset it to upload.") from None
+    except HfHubHTTPError as error:
+        raise Refused(explain(error, arguments.repo)) from error
+    except ValueError as error:  # the Hub does not accept the card's metadata
+        raise Refused(" ".join(str(error).split())) from error
+    except Exception as error:  # whatever the HTTP client of the day raises; a bug says its kind
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise Refused(
+            f"the upload to {constants.ENDPOINT} broke off, nothing was committed: {type(error).__name__}: {reason}"
+        ) from error
+    tell_leftovers(api, repo_id, folder, arguments.revision)
+    return getattr(commit, "commit_url", None) or f"{constants.ENDPOINT}/{repo_id}"
+
+
+def explain(error: HfHubHTTPError, repo: str) -> str:
+    status = getattr(error.response, "status_code", None)
+    reason = " ".join((getattr(error, "server_message", None) or str(error)).split())
+    advice = {
+        401: "the token is not accepted: log in with `hf auth login`, or set HF_TOKEN to one that may write.",
+        403: f"the token may not write to {repo}: use one with write permission, or a repository of your own.",
+        404: f"there is no {repo} that this token can see: check its name and the token.",
+        409: f"{repo} cannot be made: {reason}",
+        412: "somebody else pushed in the meantime: push again.",
+    }
+    return advice.get(status, f"the Hub refused ({status}): {reason}")
+
+
+def tell_leftovers(api: HfApi, repo_id: str, folder: Path, revision: str | None) -> None:
+    """Names files of the repository that the folder does not have: they stay until somebody deletes them."""
+    try:
+        there = set(api.list_repo_files(repo_id, revision=revision))
+    except Exception:  # the upload is done; this is a courtesy
+        return
+    here = {path.relative_to(folder).as_posix() for path in repository_files(folder)}
+    left = sorted(there - here - {".gitattributes"})
+    if left:
+        print(f"Also in the repository, and not in {folder.name}: {', '.join(left[:10])}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        validate_repo_id(arguments.repo)
+    except HFValidationError as error:
+        raise Refused(f"--repo: {error}") from None
+    if arguments.repo.count("/") != 1:
+        raise Refused(f"--repo must be ORG/NAME, got {arguments.repo!r}.")
+    if not arguments.dry_run and get_token() is None:
+        raise Refused("there is no token: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
+    folder = arguments.folder
+    did = check(folder, arguments.recording, round(arguments.max_file_mb * 1e6))
+    print(f"{folder}: {did['model_class']}; hears {arguments.recording.name} as {did['transcript']!r}", end="")
+    print(f"; speaks ({did['seconds']:.2f} s)" if "seconds" in did else "")
+    with contextlib.ExitStack() as stack:
+        if arguments.with_code:
+            staged = stack.enter_context(tempfile.TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent))
+            folder = add_code(folder, Path(staged))
+            try_remote_code(folder, arguments.recording)
+            print("Runs with its own code, too (trust_remote_code=True).")
+            if "trust_remote_code" not in (folder / CARD).read_text(encoding="utf-8"):
+                print(f"{CARD} does not tell of it: create_model_card(..., with_code=True).", file=sys.stderr)
+        files = repository_files(folder)
+        size = sum(path.stat().st_size for path in files)
+        for path in files:
+            print(f"  {path.stat().st_size:>14,}  {path.relative_to(folder).as_posix()}")
+        where = f"{constants.ENDPOINT}/{arguments.repo}" + (f" ({arguments.revision})" if arguments.revision else "")
+        if arguments.dry_run:
+            print(f"Dry run: {len(files)} files, {size / 1e6:,.1f} MB would go to {where}.")
+            return
+        url = upload(folder, arguments)
+    print(f"Uploaded {len(files)} files, {size / 1e6:,.1f} MB to {where}: {url}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (Refused, OSError, ValueError) as error:
+        if os.environ.get("MEL_LLM_DEBUG"):
+            raise
+        sys.exit(f"push.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("push.py: interrupted; what was not committed is not in the repository.")

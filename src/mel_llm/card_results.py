@@ -1,0 +1,292 @@
+"""Results of evaluations, from the JSON files that evaluation scripts and metrics write, for a model card."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+
+
+ASR, TTS = "automatic-speech-recognition", "text-to-speech"
+
+# What a number is called, how it is written, and what it is multiplied by, in the table and in the metadata
+_METRICS = {
+    "wer": ("WER, %", "{:.2f}", 100),
+    "cer": ("CER, %", "{:.2f}", 100),
+    "similarity": ("speaker similarity", "{:.3f}", 1),
+    "mcd": ("MCD, dB", "{:.2f}", 1),
+    "mel_l1": ("mel L1", "{:.3f}", 1),
+    "duration_ratio": ("duration ratio", "{:.3f}", 1),
+    "rtfx": ("times real time", "{:.1f}", 1),
+    "guarded": ("ended by a guard, %", "{:.1f}", 100),
+    "loss": ("loss", "{:.4f}", 1),
+}
+# How good it is, in the metadata; the others depend on the machine or say nothing by themselves
+_PUBLISHED = ("wer", "cer", "similarity", "mcd", "mel_l1")
+# Of a training run: how long something took is no result of the model
+_NO_RESULT = re.compile(r"(runtime|_per_second|epoch|model_preparation_time|mem_|jit_compilation)")
+_LOCAL_PATH = re.compile(r"(?<![\w.:/~\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s,'\"=:/\\]+[/\\])*([^\s,'\"=:/\\]+)")
+
+
+@dataclass
+class Score:
+    """One number, as it was measured (error rates as ratios); `low` and `high` bound its interval."""
+
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def heading(self) -> str:
+        if self.metric.startswith("mos_"):
+            return f"MOS {self.metric.removeprefix('mos_')}"
+        return _METRICS.get(self.metric, (self.metric.replace("_", " "),))[0]
+
+    @property
+    def text(self) -> str:
+        _, pattern, scale = _METRICS.get(self.metric, ("", "{:.4g}" if abs(self.value) < 1 else "{:.2f}", 1))
+        text = pattern.format(scale * self.value)
+        if self.low is None or self.high is None:
+            return text
+        return f"{text} ({pattern.format(scale * self.low)} to {pattern.format(scale * self.high)})"
+
+    @property
+    def published(self) -> float:
+        return round(_METRICS.get(self.metric, ("", "", 1))[2] * self.value, 4)
+
+
+@dataclass
+class Evaluation:
+    """What was measured on one set of data: rows of (system, scores), and where the numbers come from."""
+
+    task: str
+    dataset: str
+    rows: list[tuple[str, str, list[Score]]]  # name, number of utterances as text, scores
+    config: str | None = None
+    split: str | None = None
+    is_local: bool = True
+    own: int | None = 0  # the row of the card's model
+    command: str | None = None
+    notes: list[str] = field(default_factory=list)
+    # Numbers on what the model was trained on are shown, but not published as results
+    is_published: bool = True
+
+    @property
+    def title(self) -> str:
+        parts = [self.dataset, *(f"{name} {value}" for name, value in (("config", self.config),) if value)]
+        return ", ".join([*parts, *([f"split {self.split}"] if self.split else [])])
+
+    def eval_results(self) -> list[EvalResult]:
+        """The numbers of the card's model, for the metadata's `model-index`."""
+        if self.own is None or not self.is_published:
+            return []
+        return [
+            EvalResult(
+                task_type=self.task,
+                dataset_type="audiofolder" if self.is_local else self.dataset,
+                dataset_name=self.title,
+                dataset_config=self.config,
+                dataset_split=self.split,
+                metric_type=score.metric,
+                metric_name=score.heading,
+                metric_value=score.published,
+            )
+            for score in self.rows[self.own][2]
+            if score.metric in _PUBLISHED or score.metric.startswith("mos")
+        ]
+
+
+def local_name(place: str) -> str:
+    """A path without the folders that are nobody else's business."""
+    return os.path.basename(os.path.normpath(place.replace("\\", "/"))) or place
+
+
+def without_local_paths(text: str) -> str:
+    """A command line without the folders of its machine: `/home/me/speech,split=test` is `speech,split=test`."""
+    return _LOCAL_PATH.sub(lambda match: match.group(1), text)
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether it is written as the name of a repository of the Hub, `ORG/NAME`, and is no folder here."""
+    return bool(name) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", name) is not None and not os.path.exists(name)
+
+
+def read_evaluation(source, model_name: str) -> Evaluation:
+    r"""One evaluation.
+
+    Args:
+        source (`str`, `os.PathLike` or `dict`): A JSON file, its content, or a dict with `file` and what the file does
+            not say: `dataset`, `config`, `split`, `task`, `command`, `notes`. Three forms are known: what
+            `scripts/evaluate_tts.py` writes; `{"metrics": {"wer": 0.1, ...}, "dataset": ..., "command": ...}`; and the
+            bare numbers of a metric's `compute()` or of the Trainer's `evaluate()`.
+        model_name (`str`): Tells which of several systems is the card's model.
+
+    Raises:
+        ValueError: It is no JSON, has no numbers, or does not say on what they were measured.
+        OSError: The file cannot be read.
+    """
+    given = dict(source) if isinstance(source, dict) else {"file": source}
+    label = "an entry of `evaluations`"
+    if "file" in given:
+        path = Path(given.pop("file"))
+        label = str(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+        given = {**content, **given}
+    if isinstance(given.get("systems"), list):
+        return _speech_evaluation(given, label, model_name)
+    numbers = given.get("metrics")
+    if numbers is None:
+        numbers = {key.removeprefix("eval_"): value for key, value in given.items()}
+    scores = scores_of(numbers)
+    if not scores:
+        raise ValueError(f"{label} has no numbers: expected error rates, such as `wer`, by name.")
+    dataset = given.get("dataset")
+    if isinstance(dataset, dict):
+        given = {**dataset, **given}
+        dataset = dataset.get("name")
+    if not isinstance(dataset, str) or not dataset:
+        raise ValueError(
+            f'{label} does not say what it was measured on: pass {{"file": ..., "dataset": NAME, "split": ...}}.'
+        )
+    hub_id = is_hub_id(dataset)
+    return Evaluation(
+        task=given.get("task") or ASR,
+        dataset=dataset if hub_id else local_name(dataset),
+        rows=[("this model", str(given.get("num_utterances") or ""), scores)],
+        config=given.get("config"),
+        split=given.get("split"),
+        is_local=not hub_id,
+        command=given.get("command") or (given.get("environment") or {}).get("command"),
+        notes=[*_environment(given.get("environment")), *_as_list(given.get("notes"))],
+    )
+
+
+def scores_of(numbers: dict) -> list[Score]:
+    """The numbers among the values, but for times and counts; error rates first."""
+    scores = [
+        Score(name, float(value))
+        for name, value in numbers.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and not _NO_RESULT.search(name)
+        and not name.startswith("num_")
+        and name not in ("substitutions", "deletions", "insertions", "reference_words", "reference_characters")
+    ]
+    order = list(_METRICS)
+    return sorted(scores, key=lambda score: order.index(score.metric) if score.metric in order else len(order))
+
+
+def _speech_evaluation(given: dict, label: str, model_name: str) -> Evaluation:
+    systems = given["systems"]
+    own = [
+        index for index, system in enumerate(systems) if (system.get("settings") or {}).get("kind", "model") == "model"
+    ]
+    if len(own) > 1:
+        own = [index for index in own if local_name(str(systems[index].get("name"))) == local_name(model_name)]
+    if len(own) != 1:
+        names = ", ".join(str(system.get("name")) for system in systems)
+        raise ValueError(f"{label} does not tell which of its systems is {model_name}: {names}.")
+    arguments = given.get("arguments") or {}
+    place, *options = str(given.get("dataset") or arguments.get("data") or "").split(",")
+    if not place:
+        raise ValueError(f"{label} does not say what it was measured on: there is no `arguments.data`.")
+    options = dict(option.split("=", 1) for option in options if "=" in option)
+    hub_id = is_hub_id(place)
+    rows = []
+    for index, system in enumerate(systems):
+        scores = [
+            Score(name, total["value"], total.get("low"), total.get("high"))
+            for name, total in (system.get("totals") or {}).items()
+            if total.get("value") is not None
+        ]
+        if index == own[0] and not scores:
+            raise ValueError(f"{label} has no numbers for {system.get('name')}.")
+        count = str(system.get("num_utterances", ""))
+        if system.get("failed"):
+            count += f", {len(system['failed'])} failed"
+        name = "this model" if index == own[0] else without_local_paths(str(system.get("name")))
+        rows.append((name, count, scores))
+    environment = given.get("environment")
+    judges = [f"{name}: {without_local_paths(str(text))}" for name, text in (given.get("judges") or {}).items()]
+    intervals = [f"In brackets: {given['intervals']}."] if given.get("intervals") else []
+    return Evaluation(
+        task=TTS,
+        dataset=place if hub_id else local_name(place),
+        rows=rows,
+        config=given.get("config") or options.get("config"),
+        split=given.get("split") or options.get("split") or (None if place.endswith(".txt") else "validation"),
+        is_local=not hub_id,
+        own=own[0],
+        command=given.get("command") or (environment or {}).get("command"),
+        notes=[*_environment(environment), *judges, *intervals, *_as_list(given.get("notes"))],
+    )
+
+
+def _environment(environment: dict | None) -> list[str]:
+    """Date and hardware in a line."""
+    if not environment:
+        return []
+    threads = environment.get("threads")
+    versions = environment.get("versions") or {}
+    parts = [
+        environment.get("date"),
+        environment.get("gpu") or environment.get("cpu"),
+        f"{threads} thread{'s' if threads != 1 else ''}" if threads else None,
+        *(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions),
+    ]
+    return [", ".join(str(part) for part in parts if part)]
+
+
+def _as_list(value) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def results_table(evaluation: Evaluation) -> str:
+    """A Markdown table: a line for each system, a column for each number that one of them has."""
+    names = list(dict.fromkeys(score.metric for _, _, scores in evaluation.rows for score in scores))
+    headings = {score.metric: score.heading for _, _, scores in evaluation.rows for score in scores}
+    counted = any(count for _, count, _ in evaluation.rows)
+    lines = [["", *(["utterances"] if counted else []), *(headings[name] for name in names)]]
+    lines.append(["---"] * len(lines[0]))
+    for name, count, scores in evaluation.rows:
+        by_name = {score.metric: score.text for score in scores}
+        lines.append([cell(name), *([count] if counted else []), *(by_name.get(key, "–") for key in names)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value) -> str:
+    """A text inside a Markdown table."""
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
+
+
+__all__ = [
+    "ASR",
+    "TTS",
+    "Evaluation",
+    "Score",
+    "cell",
+    "is_hub_id",
+    "local_name",
+    "read_evaluation",
+    "results_table",
+    "scores_of",
+    "table",
+    "without_local_paths",
+]
