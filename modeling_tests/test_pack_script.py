@@ -1,0 +1,87 @@
+"""scripts/pack.py: half the size, the same model."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, build_tiny
+from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor
+
+from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("pack_script", ROOT / "scripts" / "pack.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, tmp_path_factory):
+    extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_layers": 1}
+    model, processor = build_tiny(
+        tokenizer,
+        feature_extractor=extractor,
+        speech_config=MelLLMSpeechConfig.from_preset("small", head_hidden_size=16, postnet_channels=8),
+        vocoder_config=MelLLMVocoderConfig.from_feature_extractor(
+            extractor, vocoder_type="istft", vocoder_kwargs=sizes
+        ),
+    )
+    model.model.set_feature_statistics(torch.full((80,), 12.3456789), torch.full((80,), 2.3456789))
+    folder = tmp_path_factory.mktemp("run")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "training_summary.json").write_text("{}")
+    return folder
+
+
+def test_a_packed_model_is_half_as_large_and_says_the_same(script, run, speech_clips, tmp_path, capsys):
+    folder = tmp_path / "hub_cards" / "small"
+    script.pack(run, folder, torch.bfloat16, "100KB")
+    assert "MiB of weights" in capsys.readouterr().out and not list(folder.parent.glob(".*"))
+    shards = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    assert len(shards) > 2 and sum(shards) < 0.56 * (run / "model.safetensors").stat().st_size
+    assert (folder / "training_summary.json").is_file()
+
+    packed, whole = (AutoModelForTextToWaveform.from_pretrained(path) for path in (folder, run))
+    assert {parameter.dtype for parameter in packed.parameters()} == {torch.float32}
+    before = dict(whole.named_buffers())
+    for name, value in packed.named_buffers():
+        assert torch.equal(value, before[name]), name
+    for (name, new), old in zip(packed.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-2, atol=1e-6, msg=name)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(audio=speech_clips[0]["array"])
+    scores = [
+        model(**inputs, labels=torch.tensor([[5, 6, 7]])).logits.softmax(-1)
+        for model in (AutoModelForSpeechSeq2Seq.from_pretrained(folder), whole)
+    ]
+    torch.testing.assert_close(*scores, rtol=0.2, atol=0.02)
+    assert torch.isfinite(packed.generate(**processor.apply_speech_request("Hello."), max_seconds=0.2)).all()
+
+    with pytest.raises(FileExistsError, match="has a model in it already"):
+        script.pack(run, folder, torch.bfloat16, "100KB")
+
+
+def test_a_folder_with_a_card_gets_its_model(script, run, tmp_path):
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "README.md").write_text("mine")
+    script.pack(run, tmp_path / "card", torch.float16, "5GB")
+    assert (tmp_path / "card" / "README.md").read_text() == "mine"
+    assert json.loads((tmp_path / "card" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_what_cannot_be_packed_is_told(script, run, tmp_path):
+    adapters = tmp_path / "adapters"
+    shutil.copytree(run, adapters)
+    (adapters / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="--merge_lora"):
+        script.pack(adapters, tmp_path / "x", torch.bfloat16, "5GB")
+    with pytest.raises(OSError):
+        script.pack(tmp_path / "nowhere", tmp_path / "x", torch.bfloat16, "5GB")
+    assert not (tmp_path / "x").exists()

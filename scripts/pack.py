@@ -1,0 +1,113 @@
+"""Makes the folder of a Hub repository out of a trained model: weights of 16 bits, in small files.
+
+    python scripts/pack.py runs/small hub_cards/mel-llm-small-en
+    python scripts/push.py hub_cards/mel-llm-small-en --repo ORG/mel-llm-small-en --dry-run
+
+The weights are stored in --dtype and computed with in float32 when the model is loaded (`dtype=` of `from_pretrained`
+decides otherwise). The card is not written here: see docs/cards.md.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
+    AutoProcessor,
+    PreTrainedModel,
+)
+
+import mel_llm
+from mel_llm.training import count_parameters
+
+
+# What the card is filled from
+_RECORDS = ("training_summary.json", "trainer_state.json")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pack.py", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a whole model: the --output_dir of scripts/train.py")
+    parser.add_argument("folder", type=Path, help="a new folder, or one without a model in it")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--max_shard_size", default="15MB", help="of each file of weights")
+    return parser.parse_args(argv)
+
+
+def load(run: Path) -> PreTrainedModel:
+    """The model, with all heads that it has.
+
+    Raises:
+        ValueError: There are only adapters.
+    """
+    if (run / "adapter_config.json").is_file():
+        raise ValueError(f"{run} holds adapters. Train with --merge_lora, or merge them, to pack a whole model.")
+    config = AutoConfig.from_pretrained(run)
+    if config.model_type != mel_llm.MelLLMConfig.model_type:
+        raise ValueError(f"{run} holds a {config.model_type!r} and no Mel-LLM.")
+    auto_class = AutoModelForSpeechSeq2Seq if config.speech_config is None else AutoModelForTextToWaveform
+    return auto_class.from_pretrained(run, dtype=torch.float32)
+
+
+def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Saves the model of `run` in `folder`, all at once at the end.
+
+    Raises:
+        FileExistsError: There is a model in the folder already.
+        ValueError: See [`load`].
+    """
+    if folder.exists() and (
+        not folder.is_dir() or any(folder.glob("*.safetensors")) or (folder / "config.json").exists()
+    ):
+        raise FileExistsError(f"{folder} has a model in it already, or is no folder. Choose another.")
+    model, processor = load(run), AutoProcessor.from_pretrained(run)
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    # Buffers too: the normalisation of features is needed with all its digits, and is small
+    buffers = {name: value.clone() for name, value in model.named_buffers() if value.is_floating_point()}
+    model.to(dtype)
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value)
+    model.save_pretrained(partial, max_shard_size=max_shard_size)
+    processor.save_pretrained(partial)
+    set_dtype(partial / "config.json")
+    for name in _RECORDS:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, partial / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The weights last: a folder with a config but without weights is refused, the other way round it is misread
+    for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        os.replace(path, folder / path.name)
+    partial.rmdir()
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    print(f"{folder}: {count_parameters(model)[1]:,} parameters, {size / 2**20:.1f} MiB of weights in {dtype}.")
+
+
+def set_dtype(path: Path) -> None:
+    """The dtype in a config is the one that weights are loaded in."""
+
+    def change(value):
+        if isinstance(value, dict):
+            return {key: "float32" if key in ("dtype", "torch_dtype") else change(item) for key, item in value.items()}
+        return value
+
+    path.write_text(
+        json.dumps(change(json.loads(path.read_text(encoding="utf-8"))), indent=2) + "\n", encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments(sys.argv[1:])
+    try:
+        pack(arguments.run, arguments.folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
+    except (OSError, ValueError) as error:
+        if os.environ.get("MEL_LLM_DEBUG"):
+            raise
+        sys.exit(f"pack.py: {error}")
