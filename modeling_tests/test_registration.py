@@ -53,6 +53,7 @@ def test_public_names():
         "MelLLMVocoderConfig",
         "Segment",
         "Transcription",
+        "export_remote_code",
         "load_audio",
         "register",
         "split_audio",

@@ -11,6 +11,7 @@ from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel, MelLLMPreTrai
 from .modeling_mel_llm_speech import MelLLMForTextToSpeech
 from .processing_mel_llm import MelLLMProcessor
 from .registration import register
+from .sharing_mel_llm import export_remote_code
 from .transcription_mel_llm import Segment, Transcription, split_audio, transcribe
 from .vocoder_mel_llm import MelLLMVocoder
 
@@ -33,6 +34,7 @@ __all__ = [
     "MelLLMVocoderConfig",
     "Segment",
     "Transcription",
+    "export_remote_code",
     "load_audio",
     "register",
     "split_audio",

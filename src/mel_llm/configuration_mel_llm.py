@@ -11,11 +11,15 @@ import difflib
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
+
+
+if TYPE_CHECKING:
+    from .sharing_mel_llm import AUTO_MAP  # noqa: F401  (see there: whoever copies this file copies all)
 
 
 # What a size in an untrusted config.json may at most be. Far above any real model, far below what would exhaust a

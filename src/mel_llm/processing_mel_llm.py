@@ -15,6 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
 from .audio_utils_mel_llm import load_audio
+from .sharing_mel_llm import MelLLMSharingMixin
 
 
 # Chat templates of text models expect a message's content to be a string. This goes in front of one: it joins content
@@ -78,7 +79,7 @@ def _is_clip(value) -> bool:
     return True
 
 
-class MelLLMProcessor(ProcessorMixin):
+class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
     r"""Feature extractor and tokenizer in one.
 
     Args:
