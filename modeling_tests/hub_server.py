@@ -201,7 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self._read_body()
         self.fault = self.hub.take_fault(self.command, self.route)
         with self.hub.lock:
-            self.hub.requests.append((self.command, self.route, dict(self.headers.items())))
+            self.hub.requests.append(
+                (self.command, self.route, {name.lower(): value for name, value in self.headers.items()})
+            )
         try:
             if self.fault and self.fault.status:
                 raise _Refused(self.fault.status, self.fault.message)
@@ -467,8 +469,14 @@ class _Handler(BaseHTTPRequestHandler):
             answer.append(row)
         self._send(200, {"files": answer, "commitOid": commit.oid})
 
+    def _uploader(self, name: str) -> None:
+        """Content may come from everybody who has an account: it may be for a pull request."""
+        self._repo(name)
+        if not self._user()[1]:
+            raise _Refused(403, "This token may not write.")
+
     def lfs_batch(self, name: str) -> None:
-        self._repo(name, write=True)
+        self._uploader(name)
         request = json.loads(self.body)
         objects = []
         for item in request["objects"]:
@@ -519,7 +527,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {})
 
     def lfs_verify(self, name: str) -> None:
-        self._repo(name, write=True)
+        self._uploader(name)
         item = json.loads(self.body)
         content = self.hub.storage.get(item["oid"])
         if content is None or hashlib.sha256(content).hexdigest() != item["oid"] or len(content) != item["size"]:

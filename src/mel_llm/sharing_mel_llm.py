@@ -69,7 +69,9 @@ class MelLLMSharingMixin:
         if remote_code is None:
             remote_code = getattr(bearer, "auto_map", None) is not None
         # transformers copies the files for that of a processor or a config which has an `_auto_class`
-        saver, auto_class = (self, "AutoProcessor") if bearer is not getattr(self, "config", None) else (bearer, "AutoConfig")
+        saver, auto_class = (
+            (self, "AutoProcessor") if bearer is not getattr(self, "config", None) else (bearer, "AutoConfig")
+        )
         if not remote_code:
             saver._auto_class = None
             bearer.__dict__.pop("auto_map", None)
@@ -287,13 +289,17 @@ def export_remote_code(target) -> None:
         export_remote_code(target.get_base_model())
         return
     if not isinstance(target, str | os.PathLike):
-        raise ValueError(
-            f"`target` must be a folder, a Mel-LLM model or its processor, got {type(target).__name__}."
-        )
+        raise ValueError(f"`target` must be a folder, a Mel-LLM model or its processor, got {type(target).__name__}.")
     folder = Path(target)
-    maps = {"config.json": AUTO_MAP, "processor_config.json": _PROCESSOR_MAP, "preprocessor_config.json": _PROCESSOR_MAP}
+    maps = {
+        "config.json": AUTO_MAP,
+        "processor_config.json": _PROCESSOR_MAP,
+        "preprocessor_config.json": _PROCESSOR_MAP,
+    }
     maps["tokenizer_config.json"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-    found = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in maps if (folder / name).is_file()}
+    found = {
+        name: json.loads((folder / name).read_text(encoding="utf-8")) for name in maps if (folder / name).is_file()
+    }
     if found.get("config.json", {}).get("model_type", "mel_llm") != "mel_llm" or not found.keys() - {
         "tokenizer_config.json"
     }:
