@@ -37,6 +37,7 @@ import mel_llm
 from mel_llm import MelLLMAudioConfig, MelLLMConfig, export_remote_code
 from mel_llm.conversion import from_text_llm
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
+from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
     LORA_PRESETS,
     SpecAugment,
@@ -59,7 +60,6 @@ from mel_llm.training import (
     stream_examples,
     train_tokenizer,
 )
-from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrainingArguments
 
 

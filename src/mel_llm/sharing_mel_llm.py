@@ -60,29 +60,34 @@ class MelLLMSharingMixin:
     # What of a repository goes when this is pushed and does not have it
     _replaced_files: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def _is_processor(self) -> bool:
+        return hasattr(self, "feature_extractor")
+
     def _code_bearer(self) -> Any:
         """The part whose `auto_map` is saved and loaded again, and so remembers."""
-        return getattr(self, "feature_extractor", None) or self.config
+        return self.feature_extractor if self._is_processor else self.config
 
     def _set_remote_code(self, remote_code: bool | None) -> None:
         bearer = self._code_bearer()
         if remote_code is None:
             remote_code = getattr(bearer, "auto_map", None) is not None
-        # transformers copies the files for that of a processor or a config which has an `_auto_class`
-        saver, auto_class = (
-            (self, "AutoProcessor") if bearer is not getattr(self, "config", None) else (bearer, "AutoConfig")
-        )
+        # transformers copies the files for a processor or a config that has an `_auto_class`
+        saver = self if self._is_processor else bearer
         if not remote_code:
             saver._auto_class = None
-            bearer.__dict__.pop("auto_map", None)
+            for part in (bearer, self):  # transformers leaves it in a processor too
+                part.__dict__.pop("auto_map", None)
+            if (tokenizer := getattr(self, "tokenizer", None)) is not None:
+                tokenizer.init_kwargs.pop("auto_map", None)
             return
         if f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}" not in AUTO_MAP.values():
             raise ValueError(
                 f"`remote_code`: {type(self).__name__} is not one of this package's classes that Auto classes load. For "
                 "a class of your own, call its `register_for_auto_class()`."
             )
-        saver._auto_class = auto_class
-        bearer.auto_map = dict(AUTO_MAP if auto_class == "AutoConfig" else _PROCESSOR_MAP)
+        saver._auto_class = "AutoProcessor" if self._is_processor else "AutoConfig"
+        bearer.auto_map = dict(_PROCESSOR_MAP if self._is_processor else AUTO_MAP)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, remote_code: bool | None = None, **kwargs):
         """As in transformers, and:
@@ -131,7 +136,7 @@ class MelLLMSharingMixin:
 
         repo_id = prepare_repo(repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
         card = create_and_tag_model_card(repo_id, tags, token=token)
-        kind = "processor" if hasattr(self, "feature_extractor") else "model"
+        kind = "processor" if self._is_processor else "model"
         with tempfile.TemporaryDirectory() as folder:
             shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
             self.save_pretrained(folder, remote_code=remote_code, **shards)
