@@ -159,10 +159,29 @@ class SafetensorsOnlyMixin:
     _replaced_files: ClassVar[tuple[str, ...]] = WEIGHT_FILES
 
     @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = None, **kwargs):
-        """As in transformers, except that weights must be safetensors unless `use_safetensors=False` says otherwise."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, use_safetensors: bool | None = None, **kwargs):
+        """As in transformers, except that weights must be safetensors unless `use_safetensors=False` says otherwise.
+
+        Raises:
+            ValueError: The index of a folder's shards names files that are not in the folder itself.
+        """
         use_safetensors = True if use_safetensors is None else use_safetensors
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        _check_shard_names(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=use_safetensors, **kwargs)
+
+
+def _check_shard_names(folder: Any, subfolder: str) -> None:
+    """transformers joins them to the folder's name as they are. (Of a repository on the Hub, nothing else can be had.)"""
+    if not isinstance(folder, str | os.PathLike) or not os.path.isdir(folder):
+        return
+    for path in Path(folder, subfolder).glob("*.index.json"):
+        try:
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is not an index of weights: {error}") from error
+        for name in names:
+            if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+                raise ValueError(f"{path} names weights outside of its folder: {name!r}.")
 
 
 # --- the Hub --------------------------------------------------------------------------------------------------------
