@@ -9,6 +9,7 @@ states, "ours" is a choice of this package.
 
 import difflib
 import math
+import sys
 from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -62,7 +63,8 @@ def _check_number(
     value = getattr(config, name)
     if optional and value is None:
         return
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # By comparison: math.isfinite() fails for the integers that JSON can hold
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not is_number or not minimum <= value <= maximum:
         _fail(type(config).__name__, name, value, f"a finite number from {minimum} to {maximum}")
 
