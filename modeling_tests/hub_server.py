@@ -20,7 +20,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 # Who a token belongs to, and whether it may write
-TOKENS = {"hf_alice": ("alice", True), "hf_bob": ("bob", True), "hf_alice_read": ("alice", False)}
+TOKENS = {
+    "hf_alice": ("alice", True),
+    "hf_bob": ("bob", True),
+    "hf_alice_read": ("alice", False),
+    "hf_reader": ("your-name", True),  # of docs/sharing.md
+}
 _LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".model", ".wav", ".flac", ".gz", ".zip")
 _PAGE = 50
 
