@@ -65,7 +65,7 @@ class Client:
             HF_HUB_DISABLE_XET="1",
             HF_HUB_DISABLE_TELEMETRY="1",
             HF_HUB_DISABLE_PROGRESS_BARS="1",
-            HF_HUB_DISABLE_IMPLICIT_TOKEN="0",
+            NO_PROXY="127.0.0.1,localhost",
             PYTHONPATH=os.pathsep.join([source, *paths] if package else paths),
         )
         environment.update({"HF_ENDPOINT": endpoint} if endpoint else {"HF_HUB_OFFLINE": "1"})

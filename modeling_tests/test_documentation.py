@@ -28,7 +28,12 @@ def test_snippets_run(path, tiny_folder, speech_clips, tmp_path):
         result = run("document.py", cwd=tmp_path)
     else:
         with HubServer() as hub:
-            online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+            online = {
+                "HF_HUB_OFFLINE": "0",
+                "TRANSFORMERS_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
+                "NO_PROXY": "127.0.0.1,localhost",
+            }
             result = run(
                 "document.py",
                 cwd=tmp_path,
