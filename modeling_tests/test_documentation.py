@@ -6,6 +6,7 @@ import shutil
 import pytest
 import soundfile
 from conftest import ROOT
+from hub_server import HubServer
 from test_registration import run
 
 
@@ -23,7 +24,25 @@ def test_snippets_run(path, tiny_folder, speech_clips, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "my-mel-llm")
     soundfile.write(tmp_path / "speech.wav", speech_clips[0]["array"], 16000)
     (tmp_path / "document.py").write_text("\n".join(blocks(path)), encoding="utf-8")
-    result = run("document.py", cwd=tmp_path)
+    if path.name != "sharing.md":
+        result = run("document.py", cwd=tmp_path)
+    else:
+        with HubServer() as hub:
+            online = {
+                "HF_HUB_OFFLINE": "0",
+                "TRANSFORMERS_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
+                "NO_PROXY": "127.0.0.1,localhost",
+            }
+            result = run(
+                "document.py",
+                cwd=tmp_path,
+                HF_ENDPOINT=hub.endpoint,
+                HF_TOKEN="hf_reader",
+                HF_HOME=str(tmp_path / "home"),
+                **online,
+            )
+            assert set(hub.repos) == {"your-name/my-mel-llm", "your-name/my-release"}
     assert result.returncode == 0, result.stderr
 
 

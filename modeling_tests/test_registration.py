@@ -54,6 +54,7 @@ def test_public_names():
         "Segment",
         "Transcription",
         "create_model_card",
+        "export_remote_code",
         "iter_speech",
         "load_audio",
         "register",

@@ -10,7 +10,7 @@
 The arguments are those below and all of transformers' Seq2SeqTrainingArguments; a YAML or JSON file of them may come
 first. The same command, started again, goes on from the last complete checkpoint in --output_dir. What comes out loads
 with `pipeline("automatic-speech-recognition", model=OUTPUT_DIR)`, and "text-to-speech" if it has learnt to speak, once
-`mel_llm` is imported.
+`mel_llm` is imported; --push_to_hub uploads it.
 """
 
 import importlib.metadata
@@ -48,9 +48,11 @@ from mel_llm import (
     MelLLMSpeechConfig,
     MelLLMVocoder,
     MelLLMVocoderConfig,
+    export_remote_code,
 )
 from mel_llm.conversion import from_text_llm
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
+from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
     LORA_PRESETS,
     TASKS,
@@ -72,6 +74,8 @@ from mel_llm.training import (
     last_checkpoint,
     load_source,
     lora_config,
+    push_whole,
+    repo_of,
     save_whole,
     select_clips,
     stream_examples,
@@ -106,6 +110,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     if training_args.output_dir is None:
         parser.error("--output_dir is needed: the folder for checkpoints and the trained model.")
+    if training_args.hub_token:
+        # Out of the arguments, which the Trainer pickles into every checkpoint and uploads
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if model_args.lora is None:
         for name in ("merge_lora", "lora_r", "lora_alpha", "lora_dropout"):
             if getattr(model_args, name):
@@ -390,6 +397,15 @@ def finished_config_type(folder: Path) -> str | None:
         return MelLLMConfig.model_type if not any(folder.iterdir()) else None
 
 
+def push_base(folder, training_args) -> str:
+    """Puts the model that adapters belong to on the Hub too, where those who load them find it; returns its name there."""
+    if not training_args.should_save:
+        return str(folder)
+    repo = repo_of(training_args, "-base")
+    push_folder(folder, repo, commit_message="Base model", delete_patterns=list(WEIGHT_FILES))
+    return repo
+
+
 def add_lora(model, processor, model_args: ModelArguments, training_args, needs_base: bool):
     """The model with adapters. They need a Mel-LLM to be adapters of; one that is new, or has new parts, is saved beside
     them."""
@@ -405,6 +421,8 @@ def add_lora(model, processor, model_args: ModelArguments, training_args, needs_
         if training_args.should_save:
             model.save_pretrained(name)
             processor.save_pretrained(name)
+    if training_args.push_to_hub and not model_args.merge_lora and os.path.isdir(name):
+        name = push_base(name, training_args)
     # The adapter's config names its base, from wherever it is loaded
     model.config._name_or_path = model.name_or_path = os.path.abspath(name) if os.path.isdir(name) else str(name)
     fields = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
@@ -494,6 +512,8 @@ def prepare(argv: list[str]) -> Run | None:
     if checkpoint is None or checkpoint.lower() in ("true", "1"):
         checkpoint = last_checkpoint(training_args.output_dir)
     if finished_length(training_args.output_dir) == length_of(training_args, model_args, data_args):
+        if training_args.push_to_hub and training_args.should_save:
+            push_whole(training_args.output_dir, training_args)  # the run that trained it may have failed to
         logger.info(
             f"{training_args.output_dir} is trained already. Ask for more --num_train_epochs or --max_steps to go on, or "
             "choose another --output_dir."
@@ -602,13 +622,16 @@ def prepare(argv: list[str]) -> Run | None:
     audio_config = model.config.audio_config
     if is_new or not has_statistics(model):
         set_statistics(model, processor, measured, data_args.statistics_clips)
-        audio_config.max_audio_seconds = float(longest)
+        audio_config.max_audio_seconds = max(1.0, float(longest))  # what the config takes
     else:
         audio_config.max_audio_seconds = max(audio_config.max_audio_seconds, float(longest))
     if training_args.ctc_only_steps and audio_config.ctc_weight == 0:
         raise ValueError("--ctc_only_steps needs a CTC head: --audio_config '{\"ctc_weight\": 0.3}'.")
     if audio_config.ctc_weight > 0 and not streaming:
         tell_unspellable(selections, audio_config)
+    if model_args.remote_code:
+        export_remote_code(model)
+        export_remote_code(processor)
     if model_args.lora is not None:
         needs_base = is_new or (checkpoint is None and is_changed(model, model_args))
         model = add_lora(model, processor, model_args, training_args, needs_base)
@@ -671,6 +694,19 @@ def train(run: Run) -> None:
         write_summary(run, metrics, parameters)
         trainer.create_model_card()
         logger.info(f"The trained model is in {folder}.")
+        if trainer.args.push_to_hub:
+            push(run)
+
+
+def push(run: Run) -> None:
+    trainer = run.trainer
+    if trainer.push_in_progress is not None:
+        trainer.push_in_progress.wait_until_done()
+    try:
+        push_whole(trainer.args.output_dir, trainer.args)
+    except OSError as error:
+        sys.exit(f"train.py: {error}\nThe model is trained and saved; the same command, given again, only pushes it.")
+    logger.info(f"It is on the Hub as {trainer.hub_model_id}.")
 
 
 def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:

@@ -12,6 +12,7 @@ from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel, MelLLMPreTrai
 from .modeling_mel_llm_speech import MelLLMForTextToSpeech
 from .processing_mel_llm import MelLLMProcessor
 from .registration import register
+from .sharing_mel_llm import export_remote_code
 from .synthesis_mel_llm import iter_speech, split_sentences
 from .transcription_mel_llm import Segment, Transcription, split_audio, transcribe
 from .vocoder_mel_llm import MelLLMVocoder
@@ -36,6 +37,7 @@ __all__ = [
     "Segment",
     "Transcription",
     "create_model_card",
+    "export_remote_code",
     "iter_speech",
     "load_audio",
     "register",

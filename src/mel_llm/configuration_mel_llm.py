@@ -9,18 +9,42 @@ states, "ours" is a choice of this package.
 
 import difflib
 import math
+import sys
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 
 
-# What a size in an untrusted config.json may at most be. Far above any real model, far below what would exhaust a
-# machine's memory through one mistyped digit.
+if TYPE_CHECKING:
+    from .sharing_mel_llm import AUTO_MAP  # noqa: F401  (see there: whoever copies this file copies all)
+
+
+# What a config.json from anybody may ask for at most. Far above any real model, far below what would exhaust a machine's
+# memory through one mistyped digit.
 _MAX_SIZE = 1 << 20
+_MAX_WIDTH = 1 << 14
+_MAX_MEL_BINS = 1024
+_MAX_WEIGHTS = 1 << 30  # of one layer of ours, or of a vocoder: 4 GB in float32
+# The same for the language model, by the names that transformers gives its sizes. The largest open models have some 130
+# layers of width 18k, tables of 262k tokens and 10M positions.
+_MAX_TEXT_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": _MAX_WIDTH,
+    "max_position_embeddings": 1 << 26,
+    "num_experts": 4096,
+    "num_local_experts": 4096,
+    "n_routed_experts": 4096,
+}
+_MAX_TEXT_WEIGHTS = 1 << 34
 
 
 def _fail(owner: str, name: str, value: Any, expected: str) -> None:
@@ -39,8 +63,10 @@ def _check_number(
     value = getattr(config, name)
     if optional and value is None:
         return
-    if not isinstance(value, Real) or isinstance(value, bool) or not minimum <= value <= maximum:
-        _fail(type(config).__name__, name, value, f"a number from {minimum} to {maximum}")
+    # By comparison: math.isfinite() fails for the integers that JSON can hold
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not is_number or not minimum <= value <= maximum:
+        _fail(type(config).__name__, name, value, f"a finite number from {minimum} to {maximum}")
 
 
 def _check_choice(config: PreTrainedConfig, name: str, choices: tuple) -> None:
@@ -62,6 +88,14 @@ def _is_size(value: Any, minimum: int, maximum: int) -> bool:
 
 def _is_size_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and 1 <= len(value) <= 16 and all(_is_size(item, 1, 256) for item in value)
+
+
+def _check_weights(config: PreTrainedConfig, names: str, number: int, maximum: int = _MAX_WEIGHTS) -> None:
+    """Refuses sizes that are possible one by one, but not together."""
+    if number > maximum:
+        raise ValueError(
+            f"{type(config).__name__}: {names} would make {number:,} weights together; at most {maximum:,} are allowed."
+        )
 
 
 def _check_token_ids(config: PreTrainedConfig, name: str, vocab_size: int) -> None:
@@ -152,8 +186,11 @@ class MelLLMAudioConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        for name in ("num_mel_bins", "sampling_rate", "hop_length", "conv_channels", "hidden_size"):
+        for name in ("sampling_rate", "hop_length"):
             _check_int(self, name)
+        _check_int(self, "num_mel_bins", maximum=_MAX_MEL_BINS)
+        for name in ("conv_channels", "hidden_size"):
+            _check_int(self, name, maximum=_MAX_WIDTH)
         _check_int(self, "max_source_positions", maximum=1 << 30)
         _check_choice(self, "embedder_type", ("conv", "linear"))
         _check_number(self, "ctc_weight", 0.0)
@@ -177,6 +214,9 @@ class MelLLMAudioConfig(PreTrainedConfig):
                 self.encoder_type,
                 '"none" unless `embedder_type="conv"` and `reduction_factor` >= 2 (the encoder follows the convolution)',
             )
+        if self.has_conv:
+            flat_size = self.conv_channels * math.ceil(self.num_mel_bins / self.reduction_factor)
+            _check_weights(self, "`conv_channels`, `num_mel_bins` and `hidden_size`", flat_size * self.hidden_size)
         if self.encoder_type == "none" and self.encoder_config is not None:
             _fail(type(self).__name__, "encoder_config", self.encoder_config, 'None while `encoder_type="none"`')
         if self.encoder_config is not None:
@@ -190,8 +230,41 @@ class MelLLMAudioConfig(PreTrainedConfig):
                     self.encoder_config,
                     "a dict of fields of Phi4MultimodalAudioConfig",
                 )
+            self._check_encoder_sizes({**fields, **self.encoder_config})
         _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
+
+    def _check_encoder_sizes(self, fields: dict) -> None:
+        limits = dict.fromkeys(
+            ("intermediate_size", "num_attention_heads", "ext_pw_out_channel", "bias_max_distance"), _MAX_WIDTH
+        )
+        limits.update(nemo_conv_channels=_MAX_WIDTH, kernel_size=255, num_blocks=256, depthwise_multiplier=16)
+        for name, most in limits.items():
+            if not _is_size(fields[name], 1, most):
+                _fail(
+                    type(self).__name__, "encoder_config", fields[name], f"a dict whose `{name}` is from 1 to {most}"
+                )
+        for name in (
+            "hidden_size",
+            "ext_pw_out_channel",
+            "depthwise_separable_out_channel",
+            "input_size",
+            "time_reduction",
+        ):
+            own = {"input_size": self.num_mel_bins, "time_reduction": self.reduction_factor}.get(
+                name, self.hidden_size
+            )
+            if self.encoder_config.get(name, own) != own:
+                _fail(
+                    type(self).__name__,
+                    "encoder_config",
+                    self.encoder_config,
+                    f"a dict whose `{name}` is {own}, if any",
+                )
+        width = 8 * self.hidden_size + 3 * fields["intermediate_size"]
+        _check_weights(
+            self, "the sizes in `encoder_config`", fields["num_blocks"] * self.hidden_size * width, 16 * _MAX_WEIGHTS
+        )
 
     @property
     def has_conv(self) -> bool:
@@ -283,15 +356,11 @@ class MelLLMSpeechConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _check_choice(self, "head_type", ("vae", "sigma_vae", "deterministic"))
-        for name in (
-            "head_hidden_size",
-            "postnet_channels",
-            "postnet_kernel_size",
-            "prenet_hidden_size",
-            "delta_lags",
-        ):
-            _check_int(self, name)
-        _check_int(self, "postnet_layers", minimum=0)
+        for name in ("head_hidden_size", "postnet_channels", "prenet_hidden_size"):
+            _check_int(self, name, maximum=_MAX_WIDTH)
+        for name in ("postnet_kernel_size", "delta_lags"):
+            _check_int(self, name, maximum=255)
+        _check_int(self, "postnet_layers", minimum=0, maximum=64)
         _check_int(self, "kl_warmup_steps", minimum=0, maximum=1 << 31)
         _check_bool(self, "share_embed")
         _check_choice(self, "kl_prior", ("target", "standard"))
@@ -304,14 +373,15 @@ class MelLLMSpeechConfig(PreTrainedConfig):
             "stop_positive_weight",
             "delta_weight",
             "loss_scale",
-            "min_tokens_per_second",
-            "max_silence_seconds",
         ):
             _check_number(self, name, 0.0)
+        # A text of n tokens takes n over the first, so a tiny one would be speech for ever
+        _check_number(self, "min_tokens_per_second", 0.01, 1000.0)
+        _check_number(self, "max_silence_seconds", 0.0, 86400.0)
         if self.postnet_kernel_size % 2 == 0:
             _fail(type(self).__name__, "postnet_kernel_size", self.postnet_kernel_size, "odd")
-        if self.min_tokens_per_second == 0:
-            _fail(type(self).__name__, "min_tokens_per_second", 0, "more than 0")
+        size = self.postnet_channels**2 * self.postnet_kernel_size
+        _check_weights(self, "`postnet_channels` and `postnet_kernel_size`", size)
         _check_unknown(self, kwargs)
         super().__post_init__(**kwargs)
 
@@ -429,6 +499,9 @@ class MelLLMVocoderConfig(PreTrainedConfig):
             fail("a dict whose `kernel_size` is odd")
         if fields.get("lookahead", 0) > kernel_size // 2:
             fail(f"a dict whose `lookahead` is at most half the kernel, {kernel_size // 2}")
+        hidden_size, intermediate_size = fields.get("hidden_size", 256), fields.get("intermediate_size", 768)
+        number = hidden_size * (2 * intermediate_size * fields.get("num_layers", 6) + _MAX_MEL_BINS * kernel_size)
+        _check_weights(self, "the sizes in `vocoder_kwargs`", number)
 
     def _check_hifigan(self, fields: dict, fail: Callable[[str], None]) -> None:
         for name in ("model_in_dim", "sampling_rate"):
@@ -451,6 +524,13 @@ class MelLLMVocoderConfig(PreTrainedConfig):
         for rate, kernel in zip(fields.get(lists[0], ()), fields.get(lists[1], ()), strict=True):
             if kernel < rate:
                 fail("a dict whose `upsample_kernel_sizes` are at least the `upsample_rates`")
+        channels, number = fields.get("upsample_initial_channel", 512), 0
+        blocks = list(zip(fields.get(lists[2], ([3] * 3)), fields.get(lists[3], ([1] * 3,) * 3), strict=True))
+        for kernel in fields.get(lists[1], ([8] * 4)):  # each stage halves the channels
+            number += channels * channels // 2 * kernel
+            channels //= 2
+            number += sum(2 * channels**2 * size * len(dilations) for size, dilations in blocks)
+        _check_weights(self, "the sizes in `vocoder_kwargs`", number)
 
     @classmethod
     def from_feature_extractor(cls, feature_extractor, **kwargs) -> "MelLLMVocoderConfig":
@@ -579,7 +659,7 @@ class MelLLMConfig(PreTrainedConfig):
             if not valid:
                 _fail(type(self).__name__, name, ids, f"a list of token ids from 0 to {vocab_size - 1}")
             setattr(self, name, list(ids))
-        _check_number(self, "max_text_tokens_per_second", 0.0)
+        _check_number(self, "max_text_tokens_per_second", 0.0, 1000.0)
 
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
@@ -631,7 +711,22 @@ class MelLLMConfig(PreTrainedConfig):
         )
         if not hasattr(value, "vocab_size") or getattr(value, "is_encoder_decoder", False) or is_encoder:
             _fail("MelLLMConfig", "text_config", value.model_type, "the config of a decoder-only language model")
+        MelLLMConfig._check_text_sizes(value)
         return value
+
+    @staticmethod
+    def _check_text_sizes(text_config: PreTrainedConfig) -> None:
+        sizes = {name: getattr(text_config, name, None) for name in _MAX_TEXT_SIZES}
+        for name, value in sizes.items():
+            required = name in ("vocab_size", "hidden_size", "num_hidden_layers")
+            if isinstance(value, int) or required:
+                if not _is_size(value, 1 if required else 0, _MAX_TEXT_SIZES[name]):
+                    expected = f"one whose `{name}` is an integer up to {_MAX_TEXT_SIZES[name]}"
+                    _fail("MelLLMConfig", "text_config", value, expected)
+        for name in ("vocab_size", "intermediate_size"):
+            if isinstance(sizes[name], int):
+                number = sizes["hidden_size"] * sizes[name]
+                _check_weights(text_config, f"`hidden_size` and `{name}`", number, _MAX_TEXT_WEIGHTS)
 
     def _build_sub_config(self, name: str, config_class: type, default: bool = False) -> PreTrainedConfig | None:
         value = getattr(self, name)

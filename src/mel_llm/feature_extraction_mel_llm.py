@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -150,7 +151,7 @@ class MelLLMFeatureExtractor(SequenceFeatureExtractor):
         super().__init__(
             feature_size=_whole("feature_size", feature_size, 1, _MAX_MEL_BINS),
             sampling_rate=check_sampling_rate(sampling_rate),
-            padding_value=_real("padding_value", padding_value),
+            padding_value=_real("padding_value", padding_value, -1e30, 1e30),  # a float32
             return_attention_mask=bool(return_attention_mask),
             **kwargs,
         )
@@ -571,7 +572,8 @@ def _real(
     name: str, value: Any, minimum: float | None = None, maximum: float | None = None, limit: str | None = None
 ) -> float:
     is_real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not is_real or not math.isfinite(value):
+    # By comparison: math.isfinite() fails for the integers that JSON can hold
+    if not is_real or not abs(value) <= sys.float_info.max:
         raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
     if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
         upper = f"{maximum:g}" + (f" (`{limit}`)" if limit else "")

@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
 from .generation_mel_llm import MelLLMGenerationMixin
+from .sharing_mel_llm import MelLLMSharingMixin, SafetensorsOnlyMixin
 
 
 logger = logging.get_logger(__name__)
@@ -232,7 +233,7 @@ class MelLLMProjector(nn.Module):
         return self.dropout(hidden_states)
 
 
-class MelLLMPreTrainedModel(PreTrainedModel):
+class MelLLMPreTrainedModel(SafetensorsOnlyMixin, MelLLMSharingMixin, PreTrainedModel):
     config: MelLLMConfig
     config_class = MelLLMConfig
     base_model_prefix = "model"

@@ -17,6 +17,7 @@ from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 from .audio_utils_mel_llm import load_audio, to_mono_float
+from .sharing_mel_llm import MelLLMSharingMixin
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +90,7 @@ def _is_clip(value) -> bool:
     return True
 
 
-class MelLLMProcessor(ProcessorMixin):
+class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
     r"""Feature extractor and tokenizer in one.
 
     Args:
@@ -103,7 +104,8 @@ class MelLLMProcessor(ProcessorMixin):
         speech_instruction (`str`): What stands before a text that is to be spoken.
 
     Raises:
-        ValueError: `audio_token` is not a token of the tokenizer, or `reduction_factor` is not a positive integer.
+        ValueError: `audio_token` is not a token of the tokenizer, `reduction_factor` is not a positive integer, or a text
+            is not a string.
     """
 
     valid_processor_kwargs = ProcessingKwargs
@@ -118,8 +120,15 @@ class MelLLMProcessor(ProcessorMixin):
         transcription_instruction: str = "Transcribe the audio clip into text.",
         speech_instruction: str = "Read the text aloud.",
     ):
-        if not isinstance(reduction_factor, int) or reduction_factor < 1:
+        if not isinstance(reduction_factor, int) or isinstance(reduction_factor, bool) or reduction_factor < 1:
             raise ValueError(f"`reduction_factor` must be a positive integer, got {reduction_factor!r}.")
+        for name, value in (
+            ("audio_token", audio_token),
+            ("transcription_instruction", transcription_instruction),
+            ("speech_instruction", speech_instruction),
+        ):
+            if not isinstance(value, str):
+                raise ValueError(f"`{name}` must be a string, got {value!r}.")
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         if self.audio_token_id is None or self.audio_token_id == tokenizer.unk_token_id:

@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from .configuration_mel_llm import MelLLMVocoderConfig
 from .feature_extraction_mel_llm import MelLLMFeatureExtractor, _mel_filters, _window
 from .modeling_mel_llm import MelLLMFeatureNorm
+from .sharing_mel_llm import SafetensorsOnlyMixin
 
 
 # Frames of a whole spectrogram that go into its stream at a time, so that an hour needs no more memory than a minute.
@@ -43,7 +44,7 @@ _HIFIGAN_RATES = {
 }
 
 
-class MelLLMVocoder(PreTrainedModel):
+class MelLLMVocoder(SafetensorsOnlyMixin, PreTrainedModel):
     """A vocoder of any type, alone in a checkpoint or as a part of a larger model.
 
     Attributes:

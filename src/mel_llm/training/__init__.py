@@ -11,7 +11,7 @@ from .sampler import SpeechSampler
 from .sources import TASKS, SpeechSource, load_source
 from .statistics import compute_feature_statistics
 from .tokenizer import train_tokenizer
-from .trainer import SpeechTrainer, last_checkpoint, save_whole
+from .trainer import SpeechTrainer, last_checkpoint, push_whole, repo_of, save_whole
 from .vocoder import SegmentSampler, VocoderTrainer, VocoderTrainingArguments, round_trip_error
 
 
@@ -41,6 +41,8 @@ __all__ = [
     "last_checkpoint",
     "load_source",
     "lora_config",
+    "push_whole",
+    "repo_of",
     "round_trip_error",
     "save_whole",
     "select_clips",

@@ -64,6 +64,12 @@ class ModelArguments:
     merge_lora: bool = field(
         default=False, metadata={"help": "Save the whole model with the adapters merged in, instead of the adapters."}
     )
+    remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Save this package's code beside the model, for those who load it with trust_remote_code=True."
+        },
+    )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Regular expressions; parameters whose names match are not trained."}
     )

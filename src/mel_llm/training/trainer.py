@@ -1,4 +1,5 @@
-"""What the stock `Seq2SeqTrainer` needs to know about speech: the order of the clips, and features on the GPU."""
+"""What the stock `Seq2SeqTrainer` needs to know about speech: the order of the clips, and features on the GPU; and how
+what it trained is saved and pushed as a whole."""
 
 import os
 import shutil
@@ -7,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.utils import logging
 
 from ..model_card import CARD, create_model_card
 from ..modeling_mel_llm_speech import MelLLMSpeechOutput
+from ..sharing_mel_llm import WEIGHT_FILES, prepare_repo, push_folder
 from .collator import TaskCollator
 from .dataset import SpeechDataset
 from .lora import count_parameters
@@ -102,6 +104,12 @@ class SpeechTrainer(Seq2SeqTrainer):
             prefix = metric_key_prefix if metric_key_prefix.endswith(f"_{task}") else f"{metric_key_prefix}_{task}"
             output.metrics.setdefault(f"{prefix}_{term}", value)
         return output
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        # With its branch, which the first upload needs, and with words about what to do if the Hub refuses
+        if self.is_world_process_zero():
+            repo_of(self.args)
+        super().init_hf_repo(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -203,10 +211,9 @@ class _Means:
 
 
 # All that a saved model or adapter may consist of
-_MODEL_FILES = (
-    *("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors"),
-    *("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
-)
+_MODEL_FILES = ("config.json", "generation_config.json", *WEIGHT_FILES)
+# What of a run's folder is no part of the model, and, last, what the Trainer has put into a repository of it
+_RUN_FILES = ("checkpoint-*", "base/*", ".*", "_*", "training_args.bin")
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -250,4 +257,32 @@ def save_whole(trainer: Seq2SeqTrainer, processor, folder: str | os.PathLike) ->
     partial.rmdir()
 
 
-__all__ = ["SpeechTrainer", "last_checkpoint", "save_whole"]
+def repo_of(args: TrainingArguments, suffix: str = "") -> str:
+    """The full name of the repository that a run pushes to, or of one beside it; it exists from now on.
+
+    Raises:
+        HfHubHTTPError: The Hub refuses; the message says what to do.
+    """
+    name = (args.hub_model_id or Path(args.output_dir).absolute().name) + suffix
+    revision = None if suffix else args.hub_revision
+    return prepare_repo(name, private=args.hub_private_repo, token=args.hub_token, revision=revision)
+
+
+def push_whole(folder: str | os.PathLike, args: TrainingArguments) -> None:
+    """Pushes what [`save_whole`] left in `folder`, in one commit in which left-over weights go, to the run's repository.
+
+    Raises:
+        HfHubHTTPError, ConnectionError: See [`mel_llm.sharing_mel_llm.push_folder`]. What is in the folder stays.
+    """
+    push_folder(
+        folder,
+        repo_of(args),
+        token=args.hub_token,
+        revision=args.hub_revision,
+        commit_message="End of training",
+        delete_patterns=[*WEIGHT_FILES, "base/*", "training_args.bin"],
+        ignore_patterns=list(_RUN_FILES),
+    )
+
+
+__all__ = ["SpeechTrainer", "last_checkpoint", "push_whole", "repo_of", "save_whole"]
