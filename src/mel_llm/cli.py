@@ -12,9 +12,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from .audio_utils_mel_llm import AUDIO_EXTENSIONS
+from .cli_serve import serve_speech
 
 
 app = typer.Typer(help="Language models that read and write spectrograms.", no_args_is_help=True)
+
+app.command()(serve_speech)
 
 _STDIN = "-"
 
