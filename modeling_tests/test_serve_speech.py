@@ -154,6 +154,8 @@ def test_listings(client, server):
     ("change", "status", "words"),
     [
         ({"voice": "alloy"}, 400, "There is no voice 'alloy'; there are default, ada"),
+        ({"voice": {"id": "alloy"}}, 400, "There is no voice 'alloy'"),
+        ({"voice": {"id": ["ada"]}}, 400, "voice"),
         ({"input": ""}, 400, "no word"),
         ({"input": "...!"}, 400, "no word"),
         ({"input": "word " * 61}, 400, "305 characters, more than the 300"),

@@ -58,7 +58,10 @@ def serve_speech(
     limits = speech.Limits(max_queue=max_queue, max_chars=max_chars, max_seconds=max_seconds)
     try:
         speaker, processor = _load(model, device, dtype)
-        voices = dict(speech.Voice.parse(entry, processor.feature_extractor.sampling_rate) for entry in voice or [])
+        parsed = [speech.Voice.parse(entry, processor.feature_extractor.sampling_rate) for entry in voice or []]
+        voices = dict(parsed)
+        if len(voices) < len(parsed):
+            raise ValueError(f"--voice: two voices have one name among {', '.join(name for name, _ in parsed)}.")
         app = speech.create_app(speaker, processor, served_model_name or model, voices, limits, api_key)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         _fail(error)

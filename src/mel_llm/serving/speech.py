@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_VOICE = "default"  # the model's own: that of the first sentence is kept for the others
 _MAX_BODY_BYTES = 1 << 20
 _BODY_SECONDS = 30.0
+_SEND_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Limits:
     stall_seconds: float = 60.0
 
 
+class VoiceName(BaseModel):
+    """The other form in which OpenAI's clients name a voice."""
+
+    id: str
+
+
 class SpeechRequest(BaseModel):
     """The body of a request: OpenAI's fields, and three of ours."""
 
@@ -58,7 +65,7 @@ class SpeechRequest(BaseModel):
 
     model: str
     input: str = Field(description="The text to speak.")
-    voice: str | dict | None = Field(None, description="Name of a voice; see /v1/audio/voices.")
+    voice: str | VoiceName | None = Field(None, description="Name of a voice; see /v1/audio/voices.")
     response_format: str = Field("mp3", description=f"{', '.join(FORMATS)}. pcm: 24 kHz, 16 bit, mono, little-endian.")
     speed: float = Field(1.0, description="Only 1.0: the tempo is the voice's.")
     instructions: str | None = Field(None, description="Not followed: must be empty.")
@@ -294,8 +301,11 @@ class _SpeechResponse(Response):
             headers.append((b"content-length", str(len(item or b"")).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while item is not None:
-            message = {"type": "http.response.body", "body": item, "more_body": True}
-            await asyncio.wait_for(send(message), self.worker.limits.stall_seconds)
+            # A piece at a time: what the server has taken over stays with it as long as a stalled connection does
+            for start in range(0, len(item), _SEND_BYTES):
+                piece = item[start : start + _SEND_BYTES]
+                message = {"type": "http.response.body", "body": piece, "more_body": True}
+                await asyncio.wait_for(send(message), self.worker.limits.stall_seconds)
             item = await self._next(gone)
             if isinstance(item, SpeechError):
                 # The status has been sent. Without the end of the body, the client sees that something is missing
@@ -380,7 +390,7 @@ def create_app(
         if request.model != model_name:
             message = f"There is no model {request.model!r} here; this is {model_name!r}."
             raise SpeechError(404, message, "model", "model_not_found")
-        name = request.voice.get("id") if isinstance(request.voice, dict) else request.voice
+        name = request.voice.id if isinstance(request.voice, VoiceName) else request.voice
         name = next(iter(voices or known)) if name is None else name
         problems = {
             "voice": None if name in known else f"There is no voice {name!r}; there are {', '.join(known)}.",
