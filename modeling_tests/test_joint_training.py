@@ -1,7 +1,9 @@
 """Reading and speaking in one run: batches of one task, both losses, one checkpoint for both classes."""
 
+import csv
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,15 @@ from mel_llm import (
     MelLLMVocoder,
     MelLLMVocoderConfig,
 )
-from mel_llm.training import SpeechSampler, SynthesisCollator, TaskCollator, TranscriptionCollator
+from mel_llm.training import (
+    SpeechDataset,
+    SpeechSampler,
+    SpeechSource,
+    SynthesisCollator,
+    TaskCollator,
+    TranscriptionCollator,
+    load_source,
+)
 
 
 SPEECH = ["--speech_config", json.dumps({"head_hidden_size": 32, "postnet_channels": 16, "history_dropout": 0.1})]
@@ -65,12 +75,49 @@ def test_texts_and_spectrograms(speaking_tiny, speech_clips):
     spoken = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
     assert spoken == [example["text"] for example in examples]
     assert torch.isfinite(model(**batch).loss)
+    strange = SynthesisCollator(processor)([examples[0], {**examples[1], "text": "\0 ..."}])
+    assert torch.isfinite(model(**strange).loss)
+    request = processor.apply_speech_request([example["text"] for example in examples])
+    assert torch.equal(request["input_ids"], batch["input_ids"])
 
     tasks = TaskCollator({"asr": TranscriptionCollator(processor), "tts": SynthesisCollator(processor)})
     as_tasks = [{**example, "task": "tts"} for example in examples]
     assert torch.equal(tasks(as_tasks)["labels"], batch["labels"])
     with pytest.raises(ValueError, match=r"one task, got \['asr', 'tts'\]"):
         tasks([{**examples[0], "task": "asr"}, as_tasks[1]])
+
+
+def test_a_clip_follows_another_of_the_same_speaker(folder, speech_clips):  # noqa: F811
+    path = Path(folder) / "train" / "metadata.csv"
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["file_name", "text", "speaker"])
+        writer.writeheader()
+        writer.writerows({**row, "speaker": "ab"[i % 2] if i else ""} for i, row in enumerate(rows))
+    data = load_source(SpeechSource(folder))
+    assert data["speaker"][:2] == [None, f"{folder}: b"]
+    paired = SpeechDataset(data, voice_pairs=1.0, max_seconds=60.0)
+    alone = SpeechDataset(data)
+    texts = data["text"][:]
+    for index in range(len(data)):
+        example, plain = paired[0, index], alone[0, index]
+        if index == 0:  # of nobody
+            assert example["text"] == plain["text"]
+            continue
+        before = example["text"].removesuffix(f" {plain['text']}")
+        assert before in [text for i, text in enumerate(texts) if i and i % 2 == index % 2 and i != index]
+        assert np.array_equal(example["audio"][-len(plain["audio"]) :], plain["audio"])
+        other = alone[0, texts.index(before)]["audio"]
+        assert np.array_equal(example["audio"][: len(other)], other) and len(example["audio"]) == len(other) + len(
+            plain["audio"]
+        )
+        assert paired[index]["text"] == plain["text"]  # not in evaluation
+    short = SpeechDataset(data, voice_pairs=1.0, max_seconds=1.0)
+    assert [short[0, i]["text"] for i in range(len(data))] == texts
+    half = SpeechDataset(data, voice_pairs=0.5, max_seconds=60.0)
+    assert 0 < sum(half[epoch, 1]["text"] != texts[1] for epoch in range(20)) < 20
+    with pytest.raises(ValueError, match="no speaker has two clips"):
+        SpeechDataset(load_source(SpeechSource(folder), "validation"), voice_pairs=0.5)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -193,6 +240,7 @@ def test_a_trained_vocoder_is_put_in(script, folder, tmp_path):  # noqa: F811
         (["--tasks", "tts", "--speech_config", '{"flux": 1}'], "no field flux"),
         (["--tasks", "tts", "--speech_preset", "large"], "one of paper, small"),
         (["--vocoder", "none"], "add --tasks tts"),
+        (["--tasks", "tts", "--voice_pairs", "0.5"], "no speaker has two clips"),
     ],
 )
 def test_what_cannot_work_is_told_before_training(script, folder, tmp_path, arguments, message):  # noqa: F811

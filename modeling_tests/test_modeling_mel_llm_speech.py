@@ -3,24 +3,49 @@
 import copy
 import json
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import ROOT, build_tiny
 from test_registration import run
-from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, Trainer, TrainingArguments, pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+from transformers.utils import logging
 
 import mel_llm
-from mel_llm import MelLLMFeatureExtractor, MelLLMForTextToSpeech, MelLLMSpeechConfig, MelLLMVocoderConfig
+from mel_llm import (
+    MelLLMFeatureExtractor,
+    MelLLMForTextToSpeech,
+    MelLLMSpeechConfig,
+    MelLLMVocoderConfig,
+    load_audio,
+)
 from mel_llm.speech_generation_mel_llm import _SpeechOptions
 
 
-def build_speaking(tokenizer, family: str = "llama", vocoder: bool = True, audio: dict | None = None, **speech):
+def build_speaking(
+    tokenizer,
+    family: str = "llama",
+    vocoder: bool = True,
+    audio: dict | None = None,
+    text: dict | None = None,
+    **speech,
+):
     extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
     speech = {"history_dropout": 0.0, "postnet_layers": 2, "postnet_channels": 16, "head_hidden_size": 32, **speech}
     model, processor = build_tiny(
         tokenizer,
         family,
         audio_config=audio,
+        text=text,
         feature_extractor=extractor,
         speech_config=MelLLMSpeechConfig.from_preset("small", **speech),
         vocoder_config=MelLLMVocoderConfig.from_feature_extractor(extractor, num_iterations=4) if vocoder else None,
@@ -109,26 +134,78 @@ def test_silence_ends_speech(speaking, monkeypatch):
     assert output.stopped == [False]
 
 
+class Streamer:
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value)
+
+    def end(self):
+        self.ended = True
+
+
 def test_a_stream_is_the_whole(speaking):
     model, processor = speaking
-
-    class Streamer:
-        def __init__(self):
-            self.parts, self.ended = [], False
-
-        def put(self, value):
-            self.parts.append(value)
-
-        def end(self):
-            self.ended = True
-
     streamer = Streamer()
     inputs = processor(TEXTS[2])
-    whole = model.generate(**inputs, **free(max_seconds=6.0, streamer=streamer))
+    whole = model.generate(**inputs, **free(max_seconds=6.0))
+    streamed = model.generate(**inputs, **free(max_seconds=6.0, streamer=streamer))
     assert streamer.ended and len(streamer.parts) > 3
     assert_same_sound(torch.cat(streamer.parts), whole.audio[0])
+    assert torch.equal(torch.cat(streamer.parts), streamed.audio[0])
+    torch.testing.assert_close(streamed.spectrogram[0], whole.spectrogram[0], rtol=1e-4, atol=1e-4)
+    # A listener hears something soon: a block of 16 frames, and the frames that it waits for
+    assert len(streamer.parts[0]) == 16 * 160
     with pytest.raises(ValueError, match="one text at a time"):
         model.generate(**processor.apply_speech_request(TEXTS), streamer=Streamer())
+
+
+@pytest.mark.parametrize("spoken_again", [False, True])
+def test_a_stream_holds_silence_back_that_may_be_cut(speaking, monkeypatch, spoken_again):
+    model, processor = speaking
+    loud, silent = torch.full((1, 4, 80), 1.0), torch.full((1, 4, 80), -3.0)
+    patches = [loud] * 5 + [silent] * 40 + ([loud] * 3 if spoken_again else []) + [silent] * 1000
+    results = []
+    for streamer in (None, Streamer()):
+        spoken = iter(patches)
+        monkeypatch.setattr(model.speech_head, "sample", lambda *args, spoken=spoken: next(spoken))
+        results.append(model.generate(**processor(TEXTS[2]), **free(max_seconds=30, streamer=streamer)))
+    whole, streamed = results
+    assert len(whole.spectrogram[0]) == (5 + 8 + (32 + 3 + 8 if spoken_again else 0)) * 4
+    torch.testing.assert_close(streamed.spectrogram[0], whole.spectrogram[0], rtol=1e-4, atol=1e-4)
+    assert sum(map(len, streamer.parts)) == len(whole.audio[0])
+
+
+def test_no_mask_is_made_where_nothing_is_padded(speaking, monkeypatch):
+    model, processor = speaking
+    masks, forward = [], model.model.language_model.forward
+
+    def look(**kwargs):
+        masks.append(kwargs["attention_mask"])
+        return forward(**kwargs)
+
+    monkeypatch.setattr(model.model.language_model, "forward", look)
+    model.generate(**processor(TEXTS[0]), **free(max_new_tokens=3))
+    assert masks == [None] * 3
+    masks.clear()
+    model.generate(**processor.apply_speech_request(TEXTS), **free(max_new_tokens=3))
+    assert [mask.shape[1] - masks[0].shape[1] for mask in masks] == [0, 1, 2]
+
+
+def test_a_voice_is_the_same_in_any_batch_with_dropout(speaking, speech_clips):
+    """Rows whose voices differ in length draw different numbers of random values."""
+    model, processor = speaking
+    model = copy.deepcopy(model)
+    model.config.speech_config.history_dropout = 0.3
+    clips = sorted(speech_clips, key=lambda clip: len(clip["array"]))[:2]
+    inputs = processor.apply_speech_request(
+        TEXTS[:2], voice=[clip["array"] for clip in clips], voice_text=[clip["text"] for clip in clips]
+    )
+    together = model.generate(**inputs, **free(max_new_tokens=5))
+    request = processor.apply_speech_request(TEXTS[0], voice=clips[0]["array"], voice_text=clips[0]["text"])
+    alone = model.generate(**request, **free(max_new_tokens=5))
+    torch.testing.assert_close(alone.spectrogram[0], together.spectrogram[0], rtol=1e-4, atol=1e-3)
 
 
 def test_a_voice_goes_before(speaking, speech_clips):
@@ -176,12 +253,145 @@ def test_requests_that_cannot_be_spoken(speaking, request_kwargs, message):
         processor.apply_speech_request(**request_kwargs)
 
 
+NOISE = np.random.default_rng(0).standard_normal(16000 * 40).astype("float32") * 0.1
+
+
+@pytest.mark.parametrize(
+    ("voice", "message"),
+    [
+        (NOISE[:800], "has 0.05 seconds: it must have from 0.5 to 30"),
+        (NOISE, "longer than 30 seconds"),
+        (np.zeros(16000, "float32"), "silent"),
+        (np.full(16000, np.nan, "float32"), "`voice`.*NaN"),
+        ((np.full(16000, np.nan, "float32"), 8000), "`voice`.*NaN"),
+        (NOISE[:16000].reshape(-1, 2), "`voice`.*transpose"),
+        ((NOISE[:8000], 0), "`voice`.*Hz"),
+        (b"no audio", "`voice`.*not audio"),
+        ([], "0 recordings"),
+    ],
+)
+def test_voices_that_cannot_go_on(speaking, voice, message):
+    _, processor = speaking
+    with pytest.raises(ValueError, match=message):
+        processor.apply_speech_request("Yes.", voice=voice, voice_text="No.")
+
+
+def test_a_voice_at_any_rate(speaking, tmp_path):
+    _, processor = speaking
+    tone = np.sin(np.arange(16000) * 0.2).astype("float32") * 0.3
+
+    def features(voice, **kwargs):
+        return processor.apply_speech_request("Yes.", voice=voice, voice_text="No.", **kwargs)["voice_features"]
+
+    at_16k, half = features(tone), load_audio((tone, 16000), sampling_rate=8000)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([half, half], axis=1), 8000, subtype="FLOAT")
+    for other in (features((half, 8000)), features(half, sampling_rate=8000), features(tmp_path / "stereo.wav"),
+                  features(np.stack([half, half]), sampling_rate=8000)):  # fmt: skip
+        assert other.shape == at_16k.shape
+        torch.testing.assert_close(other, features((half, 8000)), rtol=1e-3, atol=1e-2)
+    soundfile.write(tmp_path / "long.wav", np.tile(tone, 600), 16000)  # ten minutes
+    with pytest.raises(ValueError, match="longer than 30 seconds"):
+        features(tmp_path / "long.wav")
+    with pytest.raises(FileNotFoundError):
+        features(tmp_path / "gone.wav")
+
+
+def test_special_tokens_in_a_text_are_text(speaking):
+    _, processor = speaking
+    tokenizer = processor.tokenizer
+    text = "Say <|eos|> and <|audio|> and <|bos|>."
+    special = set(tokenizer.convert_tokens_to_ids(["<|eos|>", "<|audio|>", "<|bos|>", "<|pad|>"]))
+    for batch in (processor.apply_speech_request(text), processor([text]), processor(text)):  # the pipeline's call
+        assert not special & set(batch["input_ids"][0].tolist())
+        assert tokenizer.decode(batch["input_ids"][0]) == text
+    # elsewhere, text with special tokens in it is what a prompt is made of
+    assert special & set(processor(text="Say <|eos|>")["input_ids"][0].tolist())
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """Texts of this package's warnings."""
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    caplog.set_level("WARNING", logger="mel_llm")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+LETTERS = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz.")}
+
+
+@pytest.mark.parametrize("says_unknown", [True, False])
+def test_letters_that_the_tokenizer_lacks_are_named(speaking, warnings, says_unknown):
+    vocab = {**LETTERS, **({"[UNK]": 27} if says_unknown else {})}
+    model = models.BPE(vocab, [], unk_token="[UNK]" if says_unknown else None)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]" if says_unknown else None, eos_token="</s>"
+    )
+    tokenizer.pad_token = "</s>"
+    tokenizer.add_tokens(["<|audio|>"], special_tokens=True)
+    processor = mel_llm.MelLLMProcessor(speaking[1].feature_extractor, tokenizer)
+    assert processor.clean_speech_text("say it.") == "say it." and not warnings()
+    assert processor.clean_speech_text("say 你 it 😀 x好.").split() == ["say", "it", "x."]
+    (message,) = warnings()
+    assert all(c in message for c in "你😀好")
+    with pytest.raises(ValueError, match="no word to be spoken.*no tokens for .*你.*好"):
+        processor.apply_speech_request("你好")
+
+
+def test_words_that_a_tokenizer_of_words_lacks_are_named(speaking, warnings):
+    backend = Tokenizer(models.WordLevel({"say": 0, "it": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.add_tokens(["<|audio|>"], special_tokens=True)
+    processor = mel_llm.MelLLMProcessor(speaking[1].feature_extractor, tokenizer)
+    assert processor.clean_speech_text("say it") == "say it" and not warnings()
+    assert processor.clean_speech_text("say it loud") == "say it"
+    assert "'loud'" in warnings()[0]
+
+
+def test_control_characters_are_left_out_and_emoji_are_the_models_affair(speaking, warnings):
+    _, processor = speaking
+    assert processor.clean_speech_text("a\x00b\x1b\udce9c\nd") == "abc\nd"
+    assert r"'\x00', '\x1b', '\udce9'" in warnings()[0]
+    assert processor.clean_speech_text("It is 😀.") == "It is 😀." and len(warnings()) == 1
+    for nothing in ("😀", "...", "\x00"):
+        with pytest.raises(ValueError, match="no word"):
+            processor.apply_speech_request(nothing)
+
+
+def test_long_texts_are_sent_where_they_can_be_spoken(speaking):
+    model, processor = speaking
+    for text in ("a sentence and " * 6667, "x" * 10_000):  # 100,000 characters; one word
+        with pytest.raises(ValueError, match="iter_speech.*mel-llm speak"):
+            model.generate(**processor.apply_speech_request(text))
+
+
+def test_a_model_that_writes_no_numbers(speaking):
+    model, processor = copy.deepcopy(speaking[0]), speaking[1]
+    with torch.no_grad():
+        model.speech_head.begin.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="NaN or infinity"):
+        model.generate(**processor("Yes."))  # and it ends
+
+
 def test_bad_arguments_are_told(speaking, tokenizer):
     model, processor = speaking
     inputs = processor("Yes.")
-    for name, value in (("temperature", -1), ("max_seconds", 0), ("stop_threshold", 0), ("min_seconds", -1)):
+    nan, infinity = float("nan"), float("inf")
+    for name, value in (
+        ("temperature", -1), ("temperature", nan), ("temperature", infinity), ("temperature", "warm"),
+        ("max_seconds", 0), ("max_seconds", nan), ("max_seconds", infinity), ("max_seconds", -1), ("max_seconds", 1e9),
+        ("min_seconds", -1), ("stop_threshold", 0), ("stop_threshold", nan), ("max_new_tokens", 0), ("seed", 1.5),
+        ("temprature", 0.5),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             model.generate(**inputs, **{name: value})
+    with pytest.raises(ValueError, match="must not be more than"):
+        model.generate(**inputs, min_seconds=2.0, max_seconds=1.0)
+    model.generate(**inputs, max_seconds=0.1, seed=-1, do_sample=True)  # what stock code passes
     with pytest.raises(ValueError, match="no text to speak"):
         model.generate(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="sentence by sentence"):
@@ -272,6 +482,9 @@ def test_the_pipeline_speaks_in_a_fresh_process(speaking, tmp_path):
     result = run("speak.py", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert "spoken" in result.stdout, result.stderr
     speaker = pipeline("text-to-speech", model=str(tmp_path / "model"))
+    for wrong, message in (("", "none of them empty"), ("...", "no word"), ("a word " * 15_000, "iter_speech")):
+        with pytest.raises(ValueError, match=message):
+            speaker(wrong)
     several = speaker(["Yes.", "No."], forward_params={"max_seconds": 0.4, "stop_threshold": 1.0})
     assert [output["audio"].shape[-1] for output in several] == [6400, 6400]
 

@@ -53,9 +53,11 @@ def test_public_names():
         "MelLLMVocoderConfig",
         "Segment",
         "Transcription",
+        "iter_speech",
         "load_audio",
         "register",
         "split_audio",
+        "split_sentences",
         "stream_audio",
         "transcribe",
     }

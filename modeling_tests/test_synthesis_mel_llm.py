@@ -1,5 +1,7 @@
 """Long texts: cut at sentences, spoken one after the other, in one voice."""
 
+import time
+
 import pytest
 import torch
 from test_modeling_mel_llm_speech import build_speaking
@@ -79,8 +81,90 @@ def test_a_voice_is_kept_for_every_sentence(speaking, speech_clips, monkeypatch)
     assert len(voices) == 2 and torch.equal(voices[0], voices[1])
 
 
-def test_errors_come_before_work(speaking, tokenizer):
+def test_the_time_for_splitting_grows_as_the_text_does():
+    def seconds(size):
+        started = time.perf_counter()
+        assert len(split_sentences("x" * size)) == size // 200
+        return time.perf_counter() - started
+
+    seconds(20_000)
+    assert seconds(2_000_000) < 400 * max(
+        seconds(20_000), 1e-4
+    )  # a hundred times the text; its square is 10,000 times
+
+
+class Streamer:
+    def __init__(self):
+        self.parts, self.ended = [], 0
+
+    def put(self, samples):
+        assert not self.ended
+        self.parts.append(samples)
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_stream_has_all_sentences_and_pauses(speaking):
     model, processor = speaking
+    text = "You have reached a number that is not in service. Please hang up and try your call again later."
+    options = {"seed": 5, "max_seconds": 3.0, "max_chars": 60, "stop_threshold": 1.0}
+    streamer, outputs, early = Streamer(), [], []
+    streamed = []
+    for sentence, audio in iter_speech(
+        model, processor, text, streamer=streamer, on_sentence=lambda *pair: outputs.append(pair), **options
+    ):
+        streamed.append((sentence, audio))
+        early.append(len(streamer.parts))
+    assert streamer.ended == 1 and early[0] > 3
+    assert torch.equal(torch.cat(streamer.parts), torch.cat([audio for _, audio in streamed]))
+    plain = list(iter_speech(model, processor, text, **options))
+    for (_, one), (_, two) in zip(streamed, plain, strict=True):
+        assert one.shape == two.shape and (one - two).abs().max() < 1e-3 * two.abs().max()
+    assert [sentence for sentence, _ in outputs] == [sentence for sentence, _ in plain]
+    assert [output.stopped for _, output in outputs] == [[False], [False]]
+    assert outputs[0][1].spectrogram[0].shape[0] * 160 + 2400 == len(plain[0][1])
+
+
+def test_pieces_fit_the_language_model(tokenizer, speech_clips):
+    """200 letters of four bytes each are more tokens than this model has positions for."""
+    model, processor = build_speaking(tokenizer, text={"max_position_embeddings": 256})
+    text = "𝒶𝒷𝒸" * 60
+    pieces = [sentence for sentence, _ in iter_speech(model, processor, text, max_seconds=0.1)]
+    assert "".join(pieces) == text and len(pieces) > 3
+    clip = max(speech_clips, key=lambda clip: clip["duration"])
+    with pytest.raises(ValueError, match="no room for a sentence"):
+        iter_speech(model, processor, "Yes.", voice=clip["array"], voice_text=clip["text"] * 4)
+
+
+def test_what_cannot_be_spoken_is_named_once(speaking, caplog, monkeypatch):
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    model, processor = speaking
+    text = "Please hang \x00 up and try your call again. It is \x07 no use, they said to us."
+    with caplog.at_level("WARNING", logger="mel_llm"):
+        spoken = [sentence for sentence, _ in iter_speech(model, processor, text, max_seconds=0.1, max_chars=45)]
+    named = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(named) == 1 and r"'\x00', '\x07'" in named[0]
+    assert spoken == ["Please hang up and try your call again.", "It is no use, they said to us."]
+
+
+def test_errors_come_before_work(speaking, tokenizer, speech_clips):
+    model, processor = speaking
+    for wrong in (None, 5, b"Yes.", ["Yes."]):
+        with pytest.raises(ValueError, match="`text` must be a string"):
+            iter_speech(model, processor, wrong)
+    for name, value in (
+        ("temperature", float("nan")), ("temperature", -1), ("max_seconds", float("inf")), ("seed", 0.5),
+        ("max_seconds", "long"), ("stop_threshold", float("nan")), ("max_new_tokens", 0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            iter_speech(model, processor, "Yes.", **{name: value})
+    with pytest.raises(ValueError, match="go together"):
+        iter_speech(model, processor, "Yes.", voice=speech_clips[0]["array"])
+    with pytest.raises(FileNotFoundError):
+        iter_speech(model, processor, "Yes.", voice="gone.wav", voice_text="x")
     with pytest.raises(ValueError, match="no word"):
         iter_speech(model, processor, "...")
     with pytest.raises(ValueError, match="max_chars"):

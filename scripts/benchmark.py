@@ -670,7 +670,8 @@ def render(results: dict) -> str:
     environment = results["environment"]
     parts = [
         "# Benchmarks",
-        "Made by `scripts/benchmark.py`; [benchmarks.json](benchmarks.json) has every timing of every round. Do not edit.",
+        "Made by `scripts/benchmark.py`; [benchmarks.json](benchmarks.json) has every timing of every round. Do not edit. "
+        "Speech generation has [a page of its own](benchmarks_tts.md).",
         f"```bash\n{environment['command']}\n```",
         _environment_line(environment),
         "Everything is a comparison with a peer **in the same run**: cases take turns, round after round, and each is "
@@ -700,10 +701,11 @@ def _environment_line(environment: dict) -> str:
     if environment["gpu"]:
         where += f", {environment['gpu']}"
     before, after = (", ".join(f"{load:.1f}" for load in environment[key]) for key in ("load_before", "load_after"))
+    more = f" ({environment['feature_rounds']} for features)" if "feature_rounds" in environment else ""
     return (
         f"{environment['date']}, {where}; torch {environment['torch']}, transformers {environment['transformers']}, "
         f"Python {environment['python']}; models in {environment['dtype']}, seed {environment['seed']}, "
-        f"{environment['rounds']} rounds ({environment['feature_rounds']} for features). Load of the machine (1, 5, 15 "
+        f"{environment['rounds']} rounds{more}. Load of the machine (1, 5, 15 "
         f"minutes; the benchmark itself included) before: {before}; after: {after}. The run took "
         f"{environment['minutes']:.1f} minutes."
     )

@@ -52,6 +52,7 @@ from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.training import (
     LORA_PRESETS,
     TASKS,
+    RecordingConditions,
     SpecAugment,
     SpeechDataset,
     SpeechSampler,
@@ -61,8 +62,10 @@ from mel_llm.training import (
     SynthesisCollator,
     TaskCollator,
     TranscriptionCollator,
+    VoiceWarp,
     compute_feature_statistics,
     count_parameters,
+    count_unspellable,
     freeze,
     last_checkpoint,
     load_source,
@@ -114,10 +117,14 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
         parser.error(f"--task_weights must be a positive number for each of {', '.join(data_args.tasks)}.")
     if "tts" in data_args.tasks and training_args.label_smoothing_factor:
         parser.error("--label_smoothing_factor is for tokens, and --tasks tts has spectrograms for labels.")
+    if not 0 <= data_args.voice_pairs <= 1 or (data_args.voice_pairs and "tts" not in data_args.tasks):
+        parser.error("--voice_pairs is a share from 0 to 1, for --tasks tts.")
     if "asr" not in data_args.tasks:
-        for name in ("spec_augment", "speed_factors"):
+        for name in ("spec_augment", "speed_factors", "conditions", "voice_warp"):
             if getattr(data_args, name):
-                parser.error(f"--{name} is for reading: it would change the voices that --tasks tts learns.")
+                parser.error(
+                    f"--{name} is for reading: it would change the voices and the sound that --tasks tts learns."
+                )
     return model_args, data_args, training_args
 
 
@@ -200,6 +207,18 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
         if not any(selection.seconds for selection in selections if selection.task == task):
             raise ValueError(f"No clip of the {what} data is left to use for {task}; the reasons are above.")
     return selections, reports
+
+
+def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfig) -> None:
+    rate = audio_config.frame_rate / audio_config.reduction_factor * audio_config.ctc_rate
+    for selection in selections:
+        places = [int(seconds * rate) for seconds in selection.seconds]
+        count = count_unspellable(selection.rows["text"], places) if selection.task == "asr" else 0
+        if count:
+            logger.warning(
+                f"CTC learns nothing from {count} of {len(places)} clips of {selection.source.place}: they have more letters "
+                f"than the {rate:g} places a second that the head has. Raise `ctc_rate` in --audio_config."
+            )
 
 
 def rows_of(selections: list[Selection]):
@@ -343,6 +362,12 @@ def is_changed(model, model_args: ModelArguments) -> bool:
     return model_args.vocoder is not None or (before.speech_config is None) != (model.config.speech_config is None)
 
 
+def has_statistics(model) -> bool:
+    """Whether the normalisation was ever measured; a Mel-LLM that was only converted comes without."""
+    normalizer = model.model.audio_embedder.normalizer
+    return bool((normalizer.global_mean != 0).any() or (normalizer.global_invstd != 1).any())
+
+
 def set_statistics(model, processor, examples, num_clips: int) -> None:
     """Measures the normalisation of a new model on clips spread over the data."""
     generator = torch.Generator().manual_seed(0)
@@ -460,6 +485,8 @@ def prepare(argv: list[str]) -> Run | None:
             raise ValueError(f"{source.place} is for {source.task}, which is not among --tasks.")
     speaks = "tts" in data_args.tasks
     streaming = any(source.streaming for source in sources)
+    if streaming and data_args.voice_pairs:
+        raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
     if streaming and len(data_args.tasks) > 1:
         raise ValueError("A stream is for one task at a time: give --tasks one of them, or data that does not stream.")
     if streaming and training_args.max_steps <= 0:
@@ -489,6 +516,7 @@ def prepare(argv: list[str]) -> Run | None:
             training_args.ddp_find_unused_parameters = True
     rate = processor.feature_extractor.sampling_rate
     speed = SpeedPerturbation(tuple(data_args.speed_factors)) if data_args.speed_factors else None
+    conditions = RecordingConditions() if data_args.conditions else None
     reports: dict[str, dict] = {}
     sampler = counts = eval_set = None
     if streaming:
@@ -500,14 +528,24 @@ def prepare(argv: list[str]) -> Run | None:
             data_args.min_seconds,
             data_args.max_seconds,
             data_args.shuffle_buffer,
+            conditions,
         )
         longest = data_args.max_seconds
-        measured = list(train_set.take(min(200, data_args.statistics_clips))) if is_new else []
+        is_untrained = is_new or not has_statistics(model)
+        measured = list(train_set.take(min(200, data_args.statistics_clips))) if is_untrained else []
         # Each process reads a part of its own; one that reads for all needs batches of one shape
         training_args.accelerator_config.dispatch_batches = False
     else:
         selections, reports["train"] = select_all(sources, train_data, processor, data_args, "Training")
-        train_set = measured = SpeechDataset(rows_of(selections), rate, speed, training_args.seed)
+        train_set = measured = SpeechDataset(
+            rows_of(selections),
+            rate,
+            speed,
+            training_args.seed,
+            conditions,
+            data_args.voice_pairs,
+            data_args.max_seconds,
+        )
         lengths = [seconds for selection in selections for seconds in selection.seconds]
         sampler = SpeechSampler(
             lengths,
@@ -520,19 +558,23 @@ def prepare(argv: list[str]) -> Run | None:
         )
         longest = max(lengths)
     if eval_sources:
-        selections, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
+        chosen, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
         eval_sets = {
-            task: SpeechDataset(rows_of([selection for selection in selections if selection.task == task]), rate)
+            task: SpeechDataset(rows_of([selection for selection in chosen if selection.task == task]), rate)
             for task in data_args.tasks
         }
         eval_set = eval_sets if len(eval_sets) > 1 else eval_sets[data_args.tasks[0]]
 
     audio_config = model.config.audio_config
-    if is_new:
+    if is_new or not has_statistics(model):
         set_statistics(model, processor, measured, data_args.statistics_clips)
         audio_config.max_audio_seconds = float(longest)
     else:
         audio_config.max_audio_seconds = max(audio_config.max_audio_seconds, float(longest))
+    if training_args.ctc_only_steps and audio_config.ctc_weight == 0:
+        raise ValueError("--ctc_only_steps needs a CTC head: --audio_config '{\"ctc_weight\": 0.3}'.")
+    if audio_config.ctc_weight > 0 and not streaming:
+        tell_unspellable(selections, audio_config)
     if model_args.lora is not None:
         needs_base = is_new or (checkpoint is None and is_changed(model, model_args))
         model = add_lora(model, processor, model_args, training_args, needs_base)
@@ -543,7 +585,11 @@ def prepare(argv: list[str]) -> Run | None:
     later = data_args.features_on_device
     collators = {
         "asr": TranscriptionCollator(
-            processor, spec_augment=SpecAugment() if data_args.spec_augment else None, features_later=later
+            processor,
+            spec_augment=SpecAugment() if data_args.spec_augment else None,
+            features_later=later,
+            spell=audio_config.ctc_weight > 0,
+            voice_warp=VoiceWarp(processor.feature_extractor, data_args.voice_warp) if data_args.voice_warp else None,
         ),
         "tts": SynthesisCollator(processor, features_later=later),
     }
@@ -560,6 +606,7 @@ def prepare(argv: list[str]) -> Run | None:
         processing_class=processor,
         compute_metrics=compute_metrics,
         train_sampler=sampler,
+        ctc_only_steps=training_args.ctc_only_steps,
     )
     length = length_of(training_args, model_args, data_args)
     return Run(trainer, processor, checkpoint, model_args.merge_lora, length, reports, counts)

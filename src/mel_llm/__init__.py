@@ -11,6 +11,7 @@ from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel, MelLLMPreTrai
 from .modeling_mel_llm_speech import MelLLMForTextToSpeech
 from .processing_mel_llm import MelLLMProcessor
 from .registration import register
+from .synthesis_mel_llm import iter_speech, split_sentences
 from .transcription_mel_llm import Segment, Transcription, split_audio, transcribe
 from .vocoder_mel_llm import MelLLMVocoder
 
@@ -33,9 +34,11 @@ __all__ = [
     "MelLLMVocoderConfig",
     "Segment",
     "Transcription",
+    "iter_speech",
     "load_audio",
     "register",
     "split_audio",
+    "split_sentences",
     "stream_audio",
     "transcribe",
 ]

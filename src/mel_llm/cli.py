@@ -7,24 +7,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from .audio_utils_mel_llm import AUDIO_EXTENSIONS
+from .cli_common import STDIN, check_folder, fail, give_usual_rights, interruptible, load, report
 from .cli_serve import serve_speech
+from .cli_speak import speak
 
 
 app = typer.Typer(help="Language models that read and write spectrograms.", no_args_is_help=True)
 
-app.command()(serve_speech)
-
-_STDIN = "-"
-
 
 @app.callback()
 def main() -> None:
-    # With a callback, a single command keeps its name: `mel-llm transcribe`, and others may come
     pass
 
 
@@ -62,19 +59,19 @@ def transcribe(
     failed or broke off, 2 if nothing could be done.
     """
     formats = [name for name, asked in (("txt", txt), ("srt", srt), ("vtt", vtt), ("json", json)) if asked] or ["txt"]
-    try:
+    with interruptible():
         inputs, failures = _find_inputs(files)
         _check_output(inputs, formats, timestamps, output_dir)
         if model is None:
-            _fail("no model: pass --model FOLDER, or set MEL_LLM_MODEL.")
+            fail("no model: pass --model FOLDER, or set MEL_LLM_MODEL.")
         for failure in failures:
-            _report(failure)
+            report(failure)
         num_failed = len(failures)
         if output_dir is not None:
             waiting = [entry for entry in inputs if overwrite or not _existing(entry, formats, output_dir)]
             for entry in inputs:
                 if entry not in waiting:
-                    _report(f"{_existing(entry, formats, output_dir)} is there already; --overwrite replaces it.")
+                    report(f"{_existing(entry, formats, output_dir)} is there already; --overwrite replaces it.")
             num_failed += len(inputs) - len(waiting)
             inputs = waiting
         if inputs:
@@ -87,26 +84,18 @@ def transcribe(
             recognise = _load(model, device, dtype, options)
             writer = _Writer(formats, timestamps, output_dir, with_names=len(inputs) + num_failed > 1)
             num_failed += sum(not _transcribe_one(entry, recognise, writer) for entry in inputs)
-    except KeyboardInterrupt:
-        _report("mel-llm: interrupted")
-        raise typer.Exit(130) from None
     if num_failed:
         raise typer.Exit(1)
+
+
+app.command()(speak)
+app.command()(serve_speech)
 
 
 @dataclass(frozen=True)
 class _Input:
     name: str  # as it is reported
     output: Path  # relative to the output folder, without an ending
-
-
-def _report(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _fail(message: object) -> NoReturn:
-    _report(f"mel-llm: {message}")
-    raise typer.Exit(2)
 
 
 # --- before any work ----------------------------------------------------------------------------------------------------
@@ -116,9 +105,9 @@ def _find_inputs(names: list[str]) -> tuple[list[_Input], list[str]]:
     """What there is to transcribe, in the order of the arguments and sorted within folders, and what went wrong."""
     inputs, failures = [], []
     for name in names:
-        if name == _STDIN:
+        if name == STDIN:
             if sys.stdin is None or sys.stdin.isatty():
-                _fail("standard input is a terminal: pipe audio into it.")
+                fail("standard input is a terminal: pipe audio into it.")
             inputs.append(_Input(name, Path("stdin")))
         elif name.startswith(("http://", "https://")):
             inputs.append(_Input(name, _without_ending(Path(name.split("?")[0].split("#")[0].rstrip("/")).name)))
@@ -129,8 +118,8 @@ def _find_inputs(names: list[str]) -> tuple[list[_Input], list[str]]:
             inputs += [_Input(os.path.join(name, path), _without_ending(path)) for path in found]
         else:
             inputs.append(_Input(name, _without_ending(os.path.basename(name))))
-    if names.count(_STDIN) > 1:
-        _fail("standard input can be read only once.")
+    if names.count(STDIN) > 1:
+        fail("standard input can be read only once.")
     return inputs, failures
 
 
@@ -152,33 +141,32 @@ def _without_ending(path: str) -> Path:
 def _check_output(inputs: list[_Input], formats: list[str], timestamps: bool, output_dir: Path | None) -> None:
     """Refuses what would mix or lose transcripts, before any work is done."""
     if timestamps and "txt" not in formats:
-        _fail("--timestamps is for text; the other formats have times in them.")
+        fail("--timestamps is for text; the other formats have times in them.")
     if output_dir is None:
         if len(formats) > 1:
-            _fail(f"several formats ({', '.join(formats)}) need --output-dir.")
+            fail(f"several formats ({', '.join(formats)}) need --output-dir.")
         if len(inputs) > 1 and formats[0] in ("srt", "vtt"):
-            _fail(f"--{formats[0]} for several files needs --output-dir.")
+            fail(f"--{formats[0]} for several files needs --output-dir.")
         return
     if output_dir.exists() and not output_dir.is_dir():
-        _fail(f"--output-dir {output_dir} is no folder.")
+        fail(f"--output-dir {output_dir} is no folder.")
     sources = {os.path.realpath(entry.name) for entry in inputs}
     taken: dict[Path, str] = {}
     for entry in inputs:
         if entry.output in taken:
-            _fail(
+            fail(
                 f"{taken[entry.output]} and {entry.name} would both be written to "
                 f"{output_dir / entry.output}.{formats[0]}: transcribe them into different folders."
             )
         taken[entry.output] = entry.name
         for target in _targets(entry, formats, output_dir):
             if os.path.realpath(target) in sources:
-                _fail(f"{target} is both to be read and to be written.")
-    try:  # a night's work must not end at the first file that cannot be written
+                fail(f"{target} is both to be read and to be written.")
+    try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
     except OSError as error:
-        _fail(f"--output-dir {output_dir} cannot be written to: {error}")
+        fail(f"--output-dir {output_dir} cannot be written to: {error}")
+    check_folder(output_dir, "--output-dir")
 
 
 def _targets(entry: _Input, formats: list[str], output_dir: Path) -> list[Path]:
@@ -195,28 +183,19 @@ def _existing(entry: _Input, formats: list[str], output_dir: Path) -> Path | Non
 def _load(model: str, device: str | None, dtype: str, options: dict) -> Callable:
     """Loads the model. Returns `recognise(audio, on_segment, on_progress) -> Transcription`."""
     # Imported late: `mel-llm --help` need not wait for torch
-    import torch
-    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
     from transformers.utils import logging
 
     import mel_llm
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        _fail(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        processor = AutoProcessor.from_pretrained(model)
+    def check(processor):
         if options["language"] is not None or options["prompt"] is not None:  # before any file is touched
             processor.apply_transcription_request(
                 [None], language=options["language"], prompt=options["prompt"], tokenize=False
             )
-        recogniser = AutoModelForSpeechSeq2Seq.from_pretrained(model, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        _fail(error)
+
+    recogniser, processor = load("AutoModelForSpeechSeq2Seq", model, device, dtype, check)
     if not hasattr(recogniser, "transcribe"):  # Whisper, say, which the same Auto class loads
-        _fail(f"{model} is no Mel-LLM but of the type {recogniser.config.model_type!r}.")
+        fail(f"{model} is no Mel-LLM but of the type {recogniser.config.model_type!r}.")
 
     def recognise(audio, on_segment, on_progress):
         logger = logging.get_logger("mel_llm.transcription_mel_llm")
@@ -235,20 +214,20 @@ def _load(model: str, device: str | None, dtype: str, options: dict) -> Callable
 def _transcribe_one(entry: _Input, recognise: Callable, writer: "_Writer") -> bool:
     """Transcribes and writes one input; False, with a report, if it failed or broke off."""
     try:
-        source = sys.stdin.buffer if entry.name == _STDIN else entry.name
+        source = sys.stdin.buffer if entry.name == STDIN else entry.name
         with _progress(entry.name) as on_progress:
             transcription = recognise(source, lambda segment: writer.segment(entry, segment), on_progress)
         writer.finish(entry, transcription)
     except BrokenPipeError:  # nobody reads on, as with `| head`: the command line framework ends the program quietly
         raise
     except (OSError, ValueError) as error:
-        _report(f"{entry.name}: {error}")
+        report(f"{entry.name}: {error}")
         return False
     except Exception as error:  # out of memory, say; a night's work goes on with the next file
-        _report(f"{entry.name}: {type(error).__name__}: {error}")
+        report(f"{entry.name}: {type(error).__name__}: {error}")
         return False
     if transcription.truncated:
-        _report(f"{entry.name}: {transcription.warning} What precedes was transcribed.")
+        report(f"{entry.name}: {transcription.warning} What precedes was transcribed.")
     return not transcription.truncated
 
 
@@ -324,9 +303,7 @@ def _write_whole(path: Path, text: str) -> None:
     try:
         with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # a temporary file is its owner's alone
+        give_usual_rights(partial)
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)

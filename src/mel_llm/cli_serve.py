@@ -1,10 +1,11 @@
 """`mel-llm serve-speech`: a server that speaks."""
 
 import socket
-import sys
 from typing import Annotated
 
 import typer
+
+from .cli_common import fail, interruptible, load, report
 
 
 def serve_speech(
@@ -38,59 +39,47 @@ def serve_speech(
 
     It ends with SIGTERM or Ctrl-C. The exit status is 2 if it could not start.
     """
-    # Imported late: `mel-llm --help` need not wait for torch
-    from .cli import _fail
+    with interruptible():
+        if log_level not in ("critical", "error", "warning", "info", "debug", "trace"):
+            fail(f"--log-level must be critical, error, warning, info, debug or trace, got {log_level!r}.")
+        try:
+            from .serving import speech  # late: `mel-llm --help` need not wait for torch
+        except ImportError as error:
+            fail(f'serve-speech needs {error.name}: pip install "mel-llm[serve]".')
+        listener = _listen(host, port)  # before the model is loaded, which may take long
+        limits = speech.Limits(max_queue=max_queue, max_chars=max_chars, max_seconds=max_seconds)
+        voices: dict[str, speech.Voice] = {}
 
-    if log_level not in ("critical", "error", "warning", "info", "debug", "trace"):
-        _fail(f"--log-level must be critical, error, warning, info, debug or trace, got {log_level!r}.")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        _fail(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    try:
-        from .serving import speech
-    except ImportError as error:
-        _fail(f'serve-speech needs {error.name}: pip install "mel-llm[serve]".')
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:  # before the model is loaded, which may take long
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        _fail(f"cannot listen on {host}:{port}: {error.strerror or error}.")
-    limits = speech.Limits(max_queue=max_queue, max_chars=max_chars, max_seconds=max_seconds)
-    try:
-        speaker, processor = _load(model, device, dtype)
-        parsed = [speech.Voice.parse(entry, processor.feature_extractor.sampling_rate) for entry in voice or []]
-        voices = dict(parsed)
-        if len(voices) < len(parsed):
-            raise ValueError(f"--voice: two voices have one name among {', '.join(name for name, _ in parsed)}.")
-        app = speech.create_app(speaker, processor, served_model_name or model, voices, limits, api_key)
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        def check(processor) -> None:
+            if not hasattr(processor, "apply_speech_request"):
+                raise ValueError(f"{model} is no Mel-LLM: its processor is a {type(processor).__name__}.")
+            for entry in voice or []:
+                name, parsed = speech.Voice.parse(entry, processor.feature_extractor.sampling_rate)
+                if name in voices:
+                    raise ValueError(f"--voice {name} is given twice.")
+                processor.apply_speech_request("a", voice=parsed.audio, voice_text=parsed.text)
+                voices[name] = parsed
+
+        speaker, processor = load("AutoModelForTextToWaveform", model, device, dtype, check)
+        try:
+            app = speech.create_app(speaker, processor, served_model_name or model, voices, limits, api_key)
+        except ValueError as error:
+            fail(error)
     address = f"[{host}]" if ":" in host else host
-    names = ", ".join([speech.DEFAULT_VOICE, *voices])
-    print(
-        f"Speaking at http://{address}:{listener.getsockname()[1]}/v1 (voices: {names})", file=sys.stderr, flush=True
-    )
+    names = ", ".join(dict.fromkeys([speech.DEFAULT_VOICE, *voices]))
+    report(f"Speaking at http://{address}:{listener.getsockname()[1]}/v1 (voices: {names})")
     speech.run(app, [listener], log_level, shutdown_seconds)
 
 
-def _load(name: str, device: str | None, dtype: str) -> tuple:
-    """The model, ready to speak, and its processor."""
-    import torch
-    from transformers import AutoConfig, AutoModelForTextToWaveform, AutoProcessor
-    from transformers.utils import logging
-
-    import mel_llm
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type != mel_llm.MelLLMConfig.model_type:
-        raise ValueError(f"{name} is no Mel-LLM but of the type {config.model_type!r}.")
-    model = AutoModelForTextToWaveform.from_pretrained(name, dtype=dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), AutoProcessor.from_pretrained(name)
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, but refuses connections until it is served."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        fail(f"cannot listen on {host}:{port}: {error.strerror or error}.")
+    return listener
 
 
 __all__ = ["serve_speech"]

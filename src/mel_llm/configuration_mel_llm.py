@@ -109,6 +109,11 @@ class MelLLMAudioConfig(PreTrainedConfig):
         encoder_config (`dict`, *optional*): Fields of `Phi4MultimodalAudioConfig` for `encoder_type="conformer"`.
         bidirectional_attention (`bool`, defaults to `False`): Let the audio tokens of one clip see each other in both
             directions inside the language model (ours; the paper's attention is causal).
+        ctc_weight (`float`, defaults to 0.0): With more than 0, the states of the audio tokens also spell the transcript,
+            byte by byte, through a CTC head, and this times its loss joins the cross-entropy where `transcript_bytes` are given
+            (ours; a push to listen that the cross-entropy lacks on little data).
+        ctc_layer (`int`, *optional*): Layers of the language model below that head; two thirds of them when not given.
+        ctc_rate (`int`, defaults to 1): Letters that the head may write for an audio token. English has some 15 a second.
         max_source_positions (`int`, defaults to 3750): Most audio tokens that one clip is expected to have (300 s at
             the default rate). Serving engines plan their memory with it; longer clips are not refused (ours).
         max_audio_seconds (`float`, defaults to 30.0): Longest piece that the model was trained on, in seconds, from 1
@@ -138,6 +143,9 @@ class MelLLMAudioConfig(PreTrainedConfig):
     encoder_type: str = "none"
     encoder_config: dict | None = None
     bidirectional_attention: bool = False
+    ctc_weight: float = 0.0
+    ctc_layer: int | None = None
+    ctc_rate: int = 1
     max_source_positions: int = 3750
     max_audio_seconds: float = 30.0
     silence_threshold: float | None = None
@@ -148,6 +156,10 @@ class MelLLMAudioConfig(PreTrainedConfig):
             _check_int(self, name)
         _check_int(self, "max_source_positions", maximum=1 << 30)
         _check_choice(self, "embedder_type", ("conv", "linear"))
+        _check_number(self, "ctc_weight", 0.0)
+        _check_int(self, "ctc_rate", maximum=16)
+        if self.ctc_layer is not None:
+            _check_int(self, "ctc_layer", maximum=1 << 16)
         _check_choice(self, "reduction_factor", (1, 2, 4, 8, 16))
         _check_choice(self, "projector_type", ("mlp", "linear"))
         _check_choice(self, "encoder_type", ("none", "conformer"))
@@ -523,6 +535,7 @@ class MelLLMConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
         "audio_hidden_states",
+        "ctc_loss",
         "losses",
         "spectrogram",
     ]

@@ -180,7 +180,7 @@ class MelLLMGenerationMixin(GenerationMixin):
                 raise ValueError("`input_ids` has audio tokens but there are no `input_features`.")
             return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
 
-        for name in ("input_ids", "inputs_embeds", "labels", "decoder_input_ids"):
+        for name in ("input_ids", "inputs_embeds", "labels", "transcript_bytes", "decoder_input_ids"):
             kwargs.pop(name, None)
         mask = kwargs.pop("attention_mask", None)
         feature_mask = kwargs.pop("input_features_mask", None)

@@ -130,6 +130,12 @@ class MelLLMConvSubsampling(nn.Module):
                 hidden_states = hidden_states * mask[:, None, :, None].to(hidden_states.dtype)
         return self.out(hidden_states.transpose(1, 2).flatten(2))
 
+    def last_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, 2 * r, F)` features, or r where there are none before, to the last token alone, `(B, 1, hidden_size)`."""
+        hidden_states = hidden_states.unsqueeze(1).to(memory_format=torch.channels_last)  # much faster for a batch
+        hidden_states = self.conv(hidden_states)[:, :, -1:]
+        return self.out(hidden_states.transpose(1, 2).flatten(2))
+
     def _convolve_in_blocks(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """The same clip by clip and block by block, `(B, n, channels * bins)`: nothing is spent on padding, and no layer's
         values leave the cache. 1.3 to 7 times as fast on two CPU cores; with gradients, all would have to be kept anyway.
@@ -302,6 +308,43 @@ class MelLLMAudioEmbedder(MelLLMPreTrainedModel):
             token_lengths = None if lengths is None else self.config.num_audio_tokens(lengths)
             hidden_states = self.encoder(hidden_states, token_lengths)
         return hidden_states
+
+
+class MelLLMCTCHead(nn.Module):
+    """Bytes of the transcript from the states of the audio tokens, `ctc_rate` places to each; class 0 is the blank."""
+
+    def __init__(self, config: MelLLMConfig):
+        super().__init__()
+        text_config, audio_config = config.text_config, config.audio_config
+        self.rate = audio_config.ctc_rate
+        self.layer = audio_config.ctc_layer or max(1, 2 * text_config.num_hidden_layers // 3)
+        if self.layer > text_config.num_hidden_layers:
+            raise ValueError(
+                f"`ctc_layer` is {self.layer}, but the language model has {text_config.num_hidden_layers} layers."
+            )
+        self.proj = nn.Linear(text_config.hidden_size, 256 * self.rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., n, D)` states of audio tokens to scores `(..., n * ctc_rate, 256)`."""
+        return self.proj(hidden_states).unflatten(-1, (self.rate, 256)).flatten(-3, -2)
+
+    def loss(self, hidden_states: torch.Tensor, places: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """States `(B, L, D)` of rows whose audio tokens stand side by side at `places` `(B, L)`, and bytes `(B, M)`
+        padded with -100, to the loss of a byte `(B,)`: 0 for a row whose transcript has too many."""
+        counts = places.sum(-1)
+        index = places.int().argmax(-1)[:, None] + torch.arange(int(counts.max()), device=places.device)
+        index = index.clamp(max=hidden_states.shape[1] - 1)[..., None].expand(-1, -1, hidden_states.shape[-1])
+        scores = self.forward(hidden_states.gather(1, index)).float().log_softmax(-1)
+        sizes = (labels != -100).sum(-1)
+        losses = nn.functional.ctc_loss(
+            scores.transpose(0, 1),
+            labels.clamp(min=0),
+            counts * self.rate,
+            sizes,
+            reduction="none",
+            zero_infinity=True,
+        )
+        return losses / sizes.clamp(min=1)
 
 
 @dataclass
@@ -550,6 +593,8 @@ class MelLLMCausalLMOutputWithPast(ModelOutput):
     r"""
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy of the labels.
+        ctc_loss (`torch.Tensor` of shape `()`, *optional*): Of the CTC head, not weighted.
+        losses (`dict[str, torch.Tensor]`, *optional*): `"text"`, the cross-entropy, and `"ctc"`, where both make the loss.
         logits (`torch.Tensor` of shape `(batch, tokens, vocab_size)`): Scores of the next token.
         past_key_values (`Cache`, *optional*): Keys and values of the language model.
         audio_hidden_states (`torch.Tensor` of shape `(num_audio_tokens, hidden_size)`, *optional*): The projected
@@ -557,6 +602,8 @@ class MelLLMCausalLMOutputWithPast(ModelOutput):
     """
 
     loss: torch.Tensor | None = None
+    ctc_loss: torch.Tensor | None = None
+    losses: dict | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -577,13 +624,14 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
 
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012  (the name and type are transformers')
     # A checkpoint that speaks too is read without a word about the rest
-    _keys_to_ignore_on_load_unexpected = [r"^speech_head\.", r"^vocoder\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^speech_head\.", r"^vocoder\.", r"^ctc_head\."]  # noqa: RUF012
 
     def __init__(self, config: MelLLMConfig):
         super().__init__(config)
         self.model = MelLLMModel(config)
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        self.ctc_head = MelLLMCTCHead(config) if config.audio_config.ctc_weight > 0 else None
         self._can_compile_fullgraph = self.model._can_compile_fullgraph
         # Set here and not by name (`loss_type`): for a loss of that name the Trainer counts the tokens of a batch from
         # the second on, but the first token of a transcript given as labels is one to predict. For labels beside
@@ -650,6 +698,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        transcript_bytes: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -667,6 +716,9 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             labels (`torch.Tensor`, *optional*): Beside `input_ids`, `(batch, tokens)` and aligned with them, -100 at
                 places that do not count. Without, the transcript alone, `(batch, transcript tokens)`, padded on the
                 right with -100; the end-of-text token is added where the tokenizer has not.
+            transcript_bytes (`torch.Tensor` of shape `(batch, letters)`, *optional*): The transcript's bytes, 1 to 255, padded
+                on the right with -100, for a model with a CTC head; only beside a transcript given as labels. See
+                [`mel_llm.training.ctc_bytes`].
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute the logits of the last so many tokens (0
                 for all), or of these positions.
 
@@ -681,7 +733,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         if input_ids is None and inputs_embeds is None and input_features is not None:
             mask = input_features_mask if input_features_mask is not None else attention_mask
             kwargs.pop("decoder_input_ids", None)  # made by stock collators; the labels say it all
-            return self._forward_transcription(input_features, mask, labels, **kwargs)
+            return self._forward_transcription(input_features, mask, labels, transcript_bytes, **kwargs)
 
         outputs = self.model(
             input_ids=input_ids,
@@ -713,7 +765,9 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             audio_hidden_states=outputs.audio_hidden_states,
         )
 
-    def _forward_transcription(self, input_features, mask, labels, **kwargs) -> MelLLMCausalLMOutputWithPast:
+    def _forward_transcription(
+        self, input_features, mask, labels, transcript_bytes=None, **kwargs
+    ) -> MelLLMCausalLMOutputWithPast:
         """`forward` for audio and its transcript: default prompt, audio, transcript."""
         if labels is None:
             # Scores of nothing in particular would be returned here, and a caller that takes this for a CTC model
@@ -732,6 +786,8 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         labels = self._append_end_of_text(labels.to(prompt_ids.device))
         is_text = labels != -100
         attention_mask = torch.cat([prompt_mask, is_text.to(prompt_mask.dtype)], dim=1)
+        spells = transcript_bytes is not None and self.ctc_head is not None
+        wants_states = kwargs.pop("output_hidden_states", None)
         outputs = self.model(
             input_ids=torch.cat([prompt_ids, labels.masked_fill(~is_text, self.config.pad_token_id)], dim=1),
             input_features=input_features,
@@ -739,6 +795,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
+            output_hidden_states=True if spells else wants_states,
             return_dict=True,
             **kwargs,
         )
@@ -750,7 +807,18 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         loss = self.loss_function(
             logits=logits, labels=None, shift_labels=labels, vocab_size=self.config.vocab_size, **kwargs
         )
-        return self._causal_output(loss, logits[:, :num_labels], outputs)
+        output = self._causal_output(loss, logits[:, :num_labels], outputs)
+        if spells:
+            weights = is_text.sum(-1)  # as the cross-entropy weighs the clips
+            total = weights.sum() if kwargs.get("num_items_in_batch") is None else kwargs["num_items_in_batch"]
+            places = prompt_ids == self.config.audio_token_id
+            states = outputs.hidden_states[self.ctc_head.layer]
+            ctc = self.ctc_head.loss(states[:, : prompt_ids.shape[1]], places, transcript_bytes.to(states.device))
+            output.ctc_loss = (ctc * weights).sum() / torch.as_tensor(total, device=ctc.device)
+            output.losses = {"text": loss.detach(), "ctc": output.ctc_loss.detach()}
+            output.hidden_states = outputs.hidden_states if wants_states else None
+            output.loss = loss + self.config.audio_config.ctc_weight * output.ctc_loss
+        return output
 
     def _append_end_of_text(self, labels: torch.Tensor) -> torch.Tensor:
         """Adds the end-of-text token to each row that lacks one: tokenizers of language models do not, and a model

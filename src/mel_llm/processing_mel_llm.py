@@ -7,14 +7,19 @@ text.", in the chat template of whatever language model is behind. Everything el
 import os
 import re
 import tempfile
+import unicodedata
 from numbers import Integral
 
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import logging
 
-from .audio_utils_mel_llm import load_audio
+from .audio_utils_mel_llm import load_audio, to_mono_float
+
+
+logger = logging.get_logger(__name__)
 
 
 # Chat templates of text models expect a message's content to be a string. This goes in front of one: it joins content
@@ -61,6 +66,12 @@ LANGUAGES = {
     "sl": "Slovenian", "sr": "Serbian", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
     "vi": "Vietnamese", "zh": "Chinese",
 }  # fmt: skip
+
+
+# A recording whose voice is to go on (ours): shorter ones hardly hold a voice, and longer ones crowd out the text
+_MIN_VOICE_SECONDS, _MAX_VOICE_SECONDS = 0.5, 30.0
+_SILENT_VOICE_PEAK = 1e-3  # -60 dBFS: nobody speaks in it
+_MAX_NAMED = 10  # of the characters that cannot be spoken
 
 
 def _is_text(value) -> bool:
@@ -145,7 +156,8 @@ class MelLLMProcessor(ProcessorMixin):
         r"""Makes model inputs from audio, text, or text with audio in it.
 
         The first positional argument is the audio -- or the text, if it is a string or a list of strings: stock
-        clients pass either. A file is named by keyword, `audio="speech.wav"`.
+        clients pass either. A file is named by keyword, `audio="speech.wav"`. Text alone in first place is what the
+        text-to-speech pipeline passes, and is made into a request as [`MelLLMProcessor.apply_speech_request`] does.
 
         Args:
             audio: One clip or a list of clips: arrays, paths, URLs, bytes, or dicts of `datasets`; see
@@ -169,7 +181,10 @@ class MelLLMProcessor(ProcessorMixin):
             ValueError: Audio that [`MelLLMFeatureExtractor`] refuses; a number of clips that is not the number of
                 places for them; or `output_labels` without a response.
         """
+        is_speech_request = text is None and audio is None and response is None
         audio, text = self._sort_inputs(inputs, audio, text)
+        if is_speech_request and audio is None and text is not None and not kwargs and return_tensors == "pt":
+            return self.apply_speech_request(text)
         if output_labels and response is None:
             raise ValueError(
                 "`output_labels=True` needs `response`, the text whose tokens count; or give the conversation with the "
@@ -221,6 +236,32 @@ class MelLLMProcessor(ProcessorMixin):
             else:
                 raise TypeError("`audio` or `text` is given twice: by position and by name.")
         return audio, text
+
+    def _load_voices(self, voice, sampling_rate: int | None) -> list[np.ndarray]:
+        """Recordings of voices in any form to a flat list of waveforms at the extractor's rate, checked."""
+        if not _is_clip(voice):
+            return [clip for item in voice for clip in self._load_voices(item, sampling_rate)]
+        rate = self.feature_extractor.sampling_rate
+        try:
+            if isinstance(voice, str | bytes | os.PathLike | dict | tuple) or hasattr(voice, "read"):
+                # No more than shows that it is too long
+                clip = load_audio(voice, sampling_rate=rate, duration=_MAX_VOICE_SECONDS + 0.1)
+            else:
+                clip = load_audio((to_mono_float(voice, "voice"), sampling_rate or rate), sampling_rate=rate)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`voice` cannot be used: {error}") from error
+        seconds = len(clip) / rate
+        if not _MIN_VOICE_SECONDS <= seconds <= _MAX_VOICE_SECONDS:
+            found = f"is longer than {_MAX_VOICE_SECONDS:g}" if seconds > _MAX_VOICE_SECONDS else f"has {seconds:.2f}"
+            raise ValueError(
+                f"`voice` {found} seconds: it must have from {_MIN_VOICE_SECONDS:g} to {_MAX_VOICE_SECONDS:g}. Take a "
+                "part in which somebody speaks, and just the words of that part as `voice_text`."
+            )
+        if np.abs(clip).max() < _SILENT_VOICE_PEAK:
+            raise ValueError(
+                "`voice` is silent (nothing in it is louder than -60 dBFS), so there is no voice to go on."
+            )
+        return [clip]
 
     def _load_clips(self, audio, sampling_rate: int | None) -> list[np.ndarray]:
         """Clips in any form, nested by text or not, to a flat list of waveforms at the extractor's rate."""
@@ -381,38 +422,47 @@ class MelLLMProcessor(ProcessorMixin):
         return ids[:index], ids[index + 1 :]
 
     def apply_speech_request(
-        self, text: str | list[str], voice=None, voice_text: str | list[str] | None = None
+        self,
+        text: str | list[str],
+        voice=None,
+        voice_text: str | list[str] | None = None,
+        sampling_rate: int | None = None,
     ) -> BatchFeature:
         r"""Inputs of [`MelLLMForTextToSpeech.generate`].
 
+        What looks like a special token of the tokenizer is read as the text that it is.
+
         Args:
-            text (`str` or `list[str]`): What to speak.
-            voice (*optional*): A recording, or one for each text, whose voice is to go on; anything that
-                [`load_audio`] takes.
+            text (`str` or `list[str]`): What to speak. Characters that cannot be spoken are left out, with a warning;
+                see [`MelLLMProcessor.clean_speech_text`].
+            voice (*optional*): A recording of 0.5 to 30 seconds, or one for each text, whose voice is to go on; anything
+                that [`load_audio`] takes.
             voice_text (`str` or `list[str]`, *optional*): What is said in it, word for word.
+            sampling_rate (`int`, *optional*): Hz of recordings that are bare arrays, which are resampled from it; by
+                default the feature extractor's.
 
         Returns:
             `input_ids` and `attention_mask`; with a voice, also `voice_features` `(batch, frames, num_mel_bins)` and
             `voice_features_mask` `(batch, frames)`.
 
         Raises:
-            ValueError: A text is empty; a voice comes without its text or the other way round, or their numbers differ.
+            ValueError: A text is no string or has no word in it; a voice comes without its text or the other way round,
+                or their numbers differ; a voice is too short, too long, silent, or cannot be read.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(item, str) and item.strip() for item in texts):
-            raise ValueError(f"`text` must be a text or a list of texts, none of them empty, got {text!r}.")
+        texts = self._speech_texts(text, "text")
         if (voice is None) != (voice_text is None):
             raise ValueError("`voice` and `voice_text` go together: a recording, and what is said in it.")
         batch: dict = {}
         if voice is not None:
-            clips = self._load_clips(voice, None)
-            spoken = [voice_text] if isinstance(voice_text, str) else list(voice_text)
-            if len(clips) == 1:
-                clips, spoken = clips * len(texts), spoken * len(texts)
-            if not len(clips) == len(spoken) == len(texts):
+            spoken = self._speech_texts(voice_text, "voice_text")
+            num_clips, num_spoken = 1 if _is_clip(voice) else len(voice), len(spoken)
+            if not (num_clips == num_spoken == 1 or num_clips == num_spoken == len(texts)):
                 raise ValueError(
-                    f"`voice` has {len(clips)} recordings and `voice_text` {len(spoken)} texts for {len(texts)} of `text`."
+                    f"`voice` has {num_clips} recordings and `voice_text` {num_spoken} texts for {len(texts)} of `text`."
                 )
+            clips = self._load_voices(voice, sampling_rate)
+            if num_clips == 1:
+                clips, spoken = clips * len(texts), spoken * len(texts)
             texts = [f"{before.strip()} {after}" for before, after in zip(spoken, texts, strict=True)]
             features = self.feature_extractor(
                 clips, sampling_rate=self.feature_extractor.sampling_rate, return_tensors="pt"
@@ -421,10 +471,82 @@ class MelLLMProcessor(ProcessorMixin):
                 features["input_features"],
                 features["attention_mask"],
             )
+        return BatchFeature({**self.speech_tokens(texts), **batch})
+
+    def speech_tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Texts to be spoken, as they are, to `input_ids` and `attention_mask` `(batch, tokens)`, padded on the left."""
         tokens = self.tokenizer(
-            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+            texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_tensors="pt",
         )
-        return BatchFeature({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **batch})
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def _speech_texts(self, text, name: str) -> list[str]:
+        texts = list(text) if isinstance(text, list | tuple) else [text]
+        if not texts or not all(isinstance(item, str) and item.strip() for item in texts):
+            shown = repr(text)
+            raise ValueError(
+                f"`{name}` must be a text or a list of texts, none of them empty, got "
+                f"{shown if len(shown) < 80 else shown[:80] + '...'}."
+            )
+        return [self.clean_speech_text(item, name) for item in texts]
+
+    def clean_speech_text(self, text: str, name: str = "text") -> str:
+        """A text without what cannot be spoken: control characters, and what the tokenizer has no token for (a
+        byte-level one has tokens for all text). A warning names what is left out.
+
+        Raises:
+            ValueError: `text`, called `name`, is no string, or no word remains.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"`{name}` must be a string, got {type(text).__name__}.")
+        # Control characters (NUL, escapes), halves of characters (bytes that were no text) and private ones
+        characters = sorted(c for c in set(text) if not c.isspace())
+        lost = [c for c in characters if unicodedata.category(c) in ("Cc", "Cs", "Co")]
+        lost += self._dropped([c for c in characters if c not in lost])
+        kept = text.translate({ord(c): None for c in lost})
+        unknown = self._unknown([kept])
+        if unknown:
+            words = kept.split()
+            unknown = self._unknown(dict.fromkeys(words))
+            strange = self._unknown(sorted({c for word in unknown for c in word}))
+            without = {word: word.translate({ord(c): None for c in strange}) for word in unknown}
+            # What is still not known, or nothing any more, goes as a whole: some tokenizers know words and no letters
+            whole = self._unknown([word for word in without.values() if word])
+            gone = [word for word in unknown if not without[word] or without[word] in whole]
+            parts = {c for word in unknown if word not in gone for c in word}
+            lost += [*gone, *[c for c in strange if c in parts and c not in gone]]
+            kept = " ".join(word if word not in without else without[word] for word in words)
+            kept = " ".join(word for word in kept.split() if word not in whole)
+        names = ", ".join(repr(c) for c in lost[:_MAX_NAMED]) + (", ..." if len(lost) > _MAX_NAMED else "")
+        if not any(c.isalnum() for c in kept):
+            reason = f" This tokenizer has no tokens for {names}." if lost else ""
+            raise ValueError(f"`{name}` has no word to be spoken.{reason}")
+        if lost:
+            logger.warning(f"`{name}` has characters that cannot be spoken, and they are left out: {names}.")
+        return kept
+
+    def _plain_ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _dropped(self, characters: list[str]) -> list[str]:
+        """Those of the characters that the tokenizer passes over in silence."""
+        # Behind a letter too, since some tokenizers write a token for the space before a text, whatever follows
+        letter, *ids = self._plain_ids(["a", *characters, *[f"a{c}" for c in characters]])
+        pairs = zip(characters, ids[: len(characters)], ids[len(characters) :], strict=True)
+        is_known = letter and self.tokenizer.unk_token_id not in letter
+        return [c for c, alone, behind in pairs if not alone or (is_known and behind == letter)]
+
+    def _unknown(self, pieces) -> list[str]:
+        """Those of the pieces of text that the unknown token is in."""
+        unknown, pieces = self.tokenizer.unk_token_id, [piece for piece in pieces if piece.strip()]
+        if unknown is None or not pieces:
+            return []
+        return [piece for piece, ids in zip(pieces, self._plain_ids(pieces), strict=True) if unknown in ids]
 
     def response_eos_token_id(self) -> int | None:
         """The token with which the template closes an answer: the tokenizer's end of text, or a chat's end of turn."""

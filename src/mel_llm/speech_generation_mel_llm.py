@@ -5,7 +5,9 @@ MELLE) and the dropout on the history, which stays on (paper).
 """
 
 import copy
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from transformers import DynamicCache
@@ -17,6 +19,15 @@ logger = logging.get_logger(__name__)
 
 # A longest duration that fits any text: this, and a rate per token from the config
 _MAX_SECONDS_CONSTANT = 2.0
+_MAX_SECONDS = 86_400.0
+# No sentence has more; a text that has would be spoken for a quarter of an hour in one go
+MAX_TEXT_TOKENS = 2048
+_LONG_TEXT = "Speak it sentence by sentence, with `mel_llm.iter_speech` or the command `mel-llm speak`"
+# Random numbers are drawn for so many steps at a time: their number must not depend on the batch or on what is said
+_DRAWN_STEPS = 16
+# A stream's vocoder gets each patch until it is heard, then so many frames, twice as many each time, and at most ...
+_FIRST_PUSH_FRAMES = 8
+_MOST_PUSH_FRAMES = 64
 # Speech that has been loud (mean level over bins above this, in deviations from the training data's mean) ...
 _LOUD_LEVEL = 0.0
 # ... is silent below this, and this much of a silence that was too long is kept
@@ -68,8 +79,9 @@ class MelLLMSpeechGenerationMixin:
             Waveforms `(batch, samples)`, zero behind their ends; or the dict.
 
         Raises:
-            ValueError: There is no text, the text or the voice is too long for the language model, or an argument is
-                out of range.
+            ValueError: There is no text, the text has more than 2048 tokens or is with the voice too long for the language
+                model (see [`iter_speech`]), or an argument is unknown or out of range.
+            RuntimeError: The model wrote NaN or infinity.
         """
         is_audio = isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
         if is_audio or kwargs.get("input_features") is not None or kwargs.get("inputs_embeds") is not None:
@@ -79,15 +91,28 @@ class MelLLMSpeechGenerationMixin:
         input_ids = kwargs.pop("input_ids") if inputs is None else inputs
         attention_mask = kwargs.pop("attention_mask", None)
         voice, voice_mask = kwargs.pop("voice_features", None), kwargs.pop("voice_features_mask", None)
+        unknown = sorted(name for name in kwargs if name != "generation_config" and not hasattr(config, name))
+        if unknown:
+            raise ValueError(f"generate() of speech does not know the arguments {', '.join(unknown)}.")
         self._check_text(input_ids, attention_mask)
         if options.streamer is not None and len(input_ids) != 1:
             raise ValueError(f"`streamer` takes one text at a time, got a batch of {len(input_ids)}.")
         sink = None if options.streamer is None else SpeechStream(self, options.streamer)
         frames, lengths, stopped = self._write_patches(input_ids, attention_mask, voice, voice_mask, options, sink)
+        if not torch.isfinite(frames).all():
+            raise RuntimeError(
+                f"The model wrote a spectrogram with NaN or infinity in it; its weights are {self.dtype}. Try float32."
+            )
+        if not all(stopped):
+            logger.warning_once(
+                "The model did not end all speech by itself: a limit of the time or of silence did. See `stopped` of "
+                "`generate(..., return_dict_in_generate=True)`."
+            )
         if sink is not None:
-            sink.finish(int(lengths[0]))
-        spectrogram = self._finish_spectrogram(frames, lengths)
-        audio = None if self.vocoder is None else self._to_audio(spectrogram, lengths)
+            spectrogram, audio = sink.finish(int(lengths[0]))
+        else:
+            spectrogram = self._finish_spectrogram(frames, lengths)
+            audio = None if self.vocoder is None else self._to_audio(spectrogram, lengths)
         if options.return_dict:
             rows = [row[: int(length)] for row, length in zip(spectrogram, lengths, strict=True)]
             return MelLLMSpeechGenerationOutput(audio=audio, spectrogram=rows, stopped=stopped)
@@ -103,6 +128,11 @@ class MelLLMSpeechGenerationMixin:
             raise ValueError("There is no text to speak: `input_ids` must be (batch, tokens) with at least one token.")
         if attention_mask is not None and (attention_mask.sum(-1) == 0).any():
             raise ValueError("There is no text to speak in one of the rows of `input_ids`.")
+        if input_ids.shape[1] > MAX_TEXT_TOKENS:
+            raise ValueError(
+                f"The text has {input_ids.shape[1]} tokens, more than the {MAX_TEXT_TOKENS} that are spoken in one go. "
+                f"{_LONG_TEXT}."
+            )
 
     def _write_patches(self, input_ids, attention_mask, voice, voice_mask, options: "_SpeechOptions", sink):
         """Frames `y'` `(B, T, F)`, normalised, how many of each row count, and whether the model ended it itself."""
@@ -112,9 +142,10 @@ class MelLLMSpeechGenerationMixin:
         text, mask = self._speech_prompt(input_ids, attention_mask)
         batch_size, num_tokens = len(text), attention_mask.sum(-1)
         patch_seconds = self.config.audio_config.reduction_factor / self.config.audio_config.frame_rate
-        generators = [torch.Generator().manual_seed(options.seed) for _ in range(batch_size)]
+        is_random = self.speech_head.is_random and options.temperature > 0
+        chance = _Chance(self, options.seed, is_random)
 
-        history, previous, num_voice = self._voice_history(voice, voice_mask, batch_size, generators)
+        history, previous, num_voice = self._voice_history(voice, voice_mask, batch_size, chance.for_voice(batch_size))
         begin = self.speech_head.begin.expand(batch_size, 1, -1)
         embeds = self.get_input_embeddings()(text)
         inputs_embeds = torch.cat([embeds, begin.to(embeds.dtype), history.to(embeds.dtype)], dim=1)
@@ -123,11 +154,16 @@ class MelLLMSpeechGenerationMixin:
         least, most = options.patch_limits(num_tokens, num_voice, patch_seconds, self.config)
         most = most.clamp(max=self._room(int(mask.sum(-1).max())))
 
+        most_steps = int(most.max())
         cache = DynamicCache(config=self.config.text_config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        # One mask for all steps; without padding there is none, which saves making one for each layer type and step
+        is_padded = not bool(mask.all())
+        size = mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(batch_size, most_steps)], dim=1) if is_padded else None
         outputs = self.model.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=mask,
+            attention_mask=mask[:, :size] if is_padded else None,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -141,34 +177,30 @@ class MelLLMSpeechGenerationMixin:
         lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         silence = _SilenceGuard(batch_size, speech.max_silence_seconds, patch_seconds, device)
         patches: list[torch.Tensor] = []
-        latent_size = self.speech_head.reduction_factor * self.speech_head.num_mel_bins
-        random = self.speech_head.is_random and options.temperature > 0
-        for step in range(int(most.max())):
+        for step in range(most_steps):
             stop = torch.sigmoid(self.speech_head.stop(hidden)[:, 0].float()) > options.stop_threshold
             stop &= (step >= least) & ~ended
             by_itself |= stop
             ended |= stop | (step >= most)
-            if ended.all():
-                break
-            noise = None
-            if random:
-                noise = torch.stack([torch.randn(latent_size, generator=generator) for generator in generators])
-                noise = noise.to(device)
+            noise, kept = chance.draw()
+            # Also where all have ended just now: that patch counts nowhere, and the device is asked once a step only
             patch = self.speech_head.sample(hidden, noise, options.temperature).float()
             patches.append(patch)
-            lengths += (~ended).long()
+            lengths += ~ended
+            speaks = ~ended
             ended |= silence.is_over(patch, ended)
-            if sink is not None and not ended[0]:
-                sink.put(patch[0])
-            if ended.all() or step + 1 == int(most.max()):
+            if sink is not None and speaks[0]:
+                sink.put(patch[0], is_surplus=int(silence.silent[0]) > silence.kept)
+            if step + 1 == most_steps or ended.all():
                 break
-            token = self._embed_patch(patch, previous, generators)
+            token = self._embed_patch(patch, previous)
+            token = token if kept is None else token * kept.to(token.dtype)
             previous = patch
             position = position + 1
-            mask = torch.cat([mask, mask.new_ones(batch_size, 1)], dim=1)
+            size += 1
             outputs = self.model.language_model(
                 inputs_embeds=token.to(embeds.dtype),
-                attention_mask=mask,
+                attention_mask=mask[:, :size] if is_padded else None,
                 position_ids=position,
                 past_key_values=cache,
                 use_cache=True,
@@ -186,8 +218,8 @@ class MelLLMSpeechGenerationMixin:
             return 1 << 30
         if num_tokens >= limit:
             raise ValueError(
-                f"Text and voice have {num_tokens} tokens, but the language model was made for {limit}. Speak it "
-                "sentence by sentence."
+                f"Text and voice have {num_tokens} tokens, but the language model was made for {limit}. {_LONG_TEXT}, or "
+                "take a shorter voice."
             )
         return limit - num_tokens
 
@@ -211,14 +243,14 @@ class MelLLMSpeechGenerationMixin:
         previous = patches[torch.arange(batch_size, device=self.device), num_patches - 1]
         return history, previous, num_patches
 
-    def _embed_patch(self, patch: torch.Tensor, previous: torch.Tensor | None, generators) -> torch.Tensor:
-        """The newest patch `(B, r, F)` as a token `(B, 1, D)`. Shared with the reading side, the stem looks back into
-        the patch before."""
-        frames = (
-            patch if previous is None or self.speech_head.prenet is not None else torch.cat([previous, patch], dim=1)
-        )
-        dropout_free = self._embed_history_tokens(frames, None)[:, -1:]
-        return self._history_dropout(dropout_free, generators)
+    def _embed_patch(self, patch: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+        """The newest patch `(B, r, F)` as a token `(B, 1, D)`, without dropout. Shared with the reading side, the stem
+        looks back into the patch before."""
+        conv = self.model.audio_embedder.conv
+        if self.speech_head.prenet is not None or conv is None:
+            return self._embed_history_tokens(patch, None)
+        frames = patch if previous is None else torch.cat([previous, patch], dim=1)
+        return self.model.multi_modal_projector(conv.last_token(frames.to(conv.out.weight.dtype)))
 
     def _finish_spectrogram(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Post-net and de-normalisation: `(B, T, F)`, normalised, to log-mel."""
@@ -247,25 +279,37 @@ class _SpeechOptions:
 
     @classmethod
     def take(cls, kwargs: dict, generation_config) -> "_SpeechOptions":
-        temperature = kwargs.pop("temperature", None)
-        seed = kwargs.pop("seed", None)
-        max_patches = kwargs.pop("max_new_tokens", None)
+        def number(name: str, default=None, kind=Real):
+            value = kwargs.pop(name, None)
+            if value is None:
+                return default
+            if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+                what = "a whole number" if kind is Integral else "a finite number"
+                raise ValueError(f"`{name}` must be {what}, got {value!r}.")
+            return value
+
         options = cls(
-            temperature=1.0 if temperature is None else float(temperature),
-            max_seconds=kwargs.pop("max_seconds", None),
-            min_seconds=kwargs.pop("min_seconds", None),
-            max_patches=generation_config.max_new_tokens if max_patches is None else max_patches,
-            stop_threshold=kwargs.pop("stop_threshold", 0.5),
-            seed=int(torch.randint(1 << 62, ())) if seed is None else int(seed),
+            temperature=float(number("temperature", 1.0)),
+            max_seconds=number("max_seconds"),
+            min_seconds=number("min_seconds"),
+            max_patches=number("max_new_tokens", generation_config.max_new_tokens, Integral),
+            stop_threshold=number("stop_threshold", 0.5),
+            seed=int(number("seed", int(torch.randint(1 << 62, ())), Integral)) % (1 << 63),
             streamer=kwargs.pop("streamer", None),
             return_dict=bool(kwargs.pop("return_dict_in_generate", False)),
         )
-        if not options.temperature >= 0:
-            raise ValueError(f"`temperature` must be at least 0, got {temperature}.")
+        if options.temperature < 0:
+            raise ValueError(f"`temperature` must be at least 0, got {options.temperature}.")
         for name in ("max_seconds", "min_seconds"):
             value = getattr(options, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be more than 0 seconds, got {value}.")
+            if value is not None and not 0 < value <= _MAX_SECONDS:
+                raise ValueError(f"`{name}` must be more than 0 seconds and at most a day, got {value}.")
+        if None not in (options.min_seconds, options.max_seconds) and options.min_seconds > options.max_seconds:
+            raise ValueError(
+                f"`min_seconds` ({options.min_seconds}) must not be more than `max_seconds` ({options.max_seconds})."
+            )
+        if options.max_patches is not None and options.max_patches < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {options.max_patches}.")
         if not 0.0 < options.stop_threshold <= 1.0:
             raise ValueError(f"`stop_threshold` must be more than 0 and at most 1, got {options.stop_threshold}.")
         return options
@@ -284,6 +328,40 @@ class _SpeechOptions:
             most = most.clamp(max=self.max_patches)
         least = (least / patch_seconds).floor().long().clamp(min=1)  # no text is spoken in no time
         return torch.minimum(least, most), most
+
+
+class _Chance:
+    """What is random in the speech of a text: the latent's noise and the dropout on the history.
+
+    Every row of a batch gets the same numbers, those of the seed, so a text's speech is that which it is alone. They are
+    drawn on the CPU, for many steps at a time.
+    """
+
+    def __init__(self, model, seed: int, is_random: bool):
+        head, self.rate = model.speech_head, model.config.speech_config.history_dropout
+        self.generator = torch.Generator().manual_seed(seed)
+        # Of its own: how much a voice takes depends on the longest in the batch
+        self.voice_seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        self.latent_size = head.reduction_factor * head.num_mel_bins if is_random else 0
+        self.width = model.config.text_config.hidden_size if self.rate else 0
+        self.device = model.device
+        self.noise: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
+        self.step = 0
+
+    def for_voice(self, batch_size: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(self.voice_seed) for _ in range(batch_size)]
+
+    def draw(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of the next step: noise `(1, r * F)`, and what the history's token `(D,)` is to be multiplied by; None for
+        what is not random."""
+        step, self.step = self.step % _DRAWN_STEPS, self.step + 1
+        if step == 0 and self.latent_size:
+            self.noise = torch.randn(_DRAWN_STEPS, 1, self.latent_size, generator=self.generator).to(self.device)
+        if step == 0 and self.width:
+            kept = torch.rand(_DRAWN_STEPS, self.width, generator=self.generator) >= self.rate
+            self.kept = (kept / max(1.0 - self.rate, 1e-9)).to(self.device)
+        return tuple(None if drawn is None else drawn[step] for drawn in (self.noise, self.kept))
 
 
 class _SilenceGuard:
@@ -320,36 +398,60 @@ class SpeechStream:
         self.vocoder = model.vocoder.stream()
         self.context = model.speech_head.context
         self.held: torch.Tensor | None = None  # frames that later ones still need, or that still need later ones
+        self.waiting: list[torch.Tensor] = []  # frames that are not in `held` yet
+        self.num_waiting = 0
+        self.surplus: list[torch.Tensor] = []  # silence that will not be heard if nothing follows
         self.num_dropped = 0  # frames before `held`
         self.num_done = 0  # frames that went to the vocoder
+        self.push_size = 1  # frames that are worth going there
+        self.spectrogram: list[torch.Tensor] = []
+        self.audio: list[torch.Tensor] = []
 
-    def put(self, patch: torch.Tensor) -> None:
+    def put(self, patch: torch.Tensor, is_surplus: bool = False) -> None:
         """One patch, `(r, F)`, normalised."""
-        self.held = patch if self.held is None else torch.cat([self.held, patch])
-        self._send(self.num_dropped + len(self.held) - self.context)
+        if is_surplus:
+            self.surplus.append(patch)
+            return
+        fresh, self.surplus = [*self.surplus, patch], []
+        self.waiting += fresh
+        self.num_waiting += sum(map(len, fresh))
+        if self.num_waiting >= self.push_size:
+            self._hold()
+            self._send(self.num_dropped + len(self.held) - self.context)
 
-    def finish(self, num_frames: int) -> None:
-        """The speech has `num_frames` in all."""
-        if self.held is not None:
-            self.held = self.held[: num_frames - self.num_dropped]
-            self._send(num_frames)
+    def finish(self, num_frames: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The speech has `num_frames` in all. Returns it: log-mel frames `(1, T, F)`, and the waveform in a list."""
+        self.waiting += self.surplus
+        self._hold()
+        self.held = self.held[: num_frames - self.num_dropped]
+        self._send(num_frames)
         self._put_audio(self.vocoder.finish())
         self.streamer.end()
+        return torch.cat(self.spectrogram)[None], [torch.cat(self.audio)]
+
+    def _hold(self) -> None:
+        self.held = torch.cat([*([] if self.held is None else [self.held]), *self.waiting])
+        self.waiting, self.num_waiting = [], 0
 
     def _send(self, stop: int) -> None:
         if stop <= self.num_done:
             return
         dtype = self.model.speech_head.stop.weight.dtype
         refined = self.model.speech_head.refine(self.held[None].to(dtype))[0]
-        fresh = refined[self.num_done - self.num_dropped : stop - self.num_dropped]
-        self._put_audio(self.vocoder.push(self.model.denormalize(fresh)))
+        fresh = self.model.denormalize(refined[self.num_done - self.num_dropped : stop - self.num_dropped])
+        self.spectrogram.append(fresh)
+        self._put_audio(self.vocoder.push(fresh))
         self.num_done = stop
         surplus = max(0, self.num_done - self.context - self.num_dropped)
         self.held, self.num_dropped = self.held[surplus:], self.num_dropped + surplus
 
     def _put_audio(self, samples: torch.Tensor) -> None:
         if len(samples):
-            self.streamer.put(samples.float().cpu())
+            samples = samples.float()
+            self.audio.append(samples)
+            self.streamer.put(samples.cpu())
+            # A listener has something to hear while more is computed at a time, which is cheaper
+            self.push_size = min(max(2 * self.push_size, _FIRST_PUSH_FRAMES), _MOST_PUSH_FRAMES)
 
 
 __all__ = ["MelLLMSpeechGenerationMixin", "MelLLMSpeechGenerationOutput", "SpeechStream"]

@@ -206,9 +206,12 @@ class MelLLMSpeechHead(nn.Module):
             noise (`torch.Tensor` of shape `(B, r * F)`, *optional*): Standard normal; the mean is taken without.
             temperature (`float`, defaults to 1.0): Scales the variance; 1 is faithful, 0 is the mean.
         """
-        mean, log_variance = self.distribution(hidden_states)
-        if log_variance is not None and noise is not None and temperature > 0:
+        if self.is_random and noise is not None and temperature > 0:
+            mean, log_variance = self.distribution(hidden_states)
             mean = mean + math.sqrt(temperature) * (0.5 * log_variance).exp() * noise.to(mean.dtype)
+        else:  # the mean's half of the layer is all that is needed
+            size = self.reduction_factor * self.num_mel_bins
+            mean = nn.functional.linear(hidden_states, self.latent.weight[:size], self.latent.bias[:size])
         return self.decode(mean).unflatten(-1, (self.reduction_factor, self.num_mel_bins))
 
     def loss(

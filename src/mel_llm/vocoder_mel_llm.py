@@ -25,8 +25,9 @@ from .modeling_mel_llm import MelLLMFeatureNorm
 # Frames of a whole spectrogram that go into its stream at a time, so that an hour needs no more memory than a minute.
 _PUSH_FRAMES = 512
 
-# Griffin-Lim works on so many frames at a time, ...
+# Griffin-Lim works on so many frames at a time, the first blocks being smaller so that a stream is heard soon, ...
 _BLOCK_FRAMES = 64
+_FIRST_BLOCK_FRAMES = 16
 # ... begins a little before them, where the waveform is known already, ...
 _CONTEXT_FRAMES = 8
 # ... and looks a little beyond them, so that the block's end is not a guess.
@@ -506,6 +507,7 @@ class GriffinLimStream:
         self.first = 0  # number of the first frame held
         self.num_frames = 0
         self.num_done = 0  # frames whose samples were given out
+        self.block_size = _FIRST_BLOCK_FRAMES  # of the next block
         self.tail: torch.Tensor | None = None  # samples given out, from the first frame held on
         self.generator = torch.Generator().manual_seed(0)
 
@@ -515,8 +517,11 @@ class GriffinLimStream:
             self.frames = frames if self.frames is None else torch.cat([self.frames, frames])
             self.num_frames += len(frames)
         ready = [self._empty()]
-        while self.num_frames - self.num_done >= _BLOCK_FRAMES + _LOOKAHEAD_FRAMES:
-            ready.append(self._block(self.num_done + _BLOCK_FRAMES, self.num_done + _BLOCK_FRAMES + _LOOKAHEAD_FRAMES))
+        while self.num_frames >= self.num_done + self.block_size + _LOOKAHEAD_FRAMES:
+            ready.append(
+                self._block(self.num_done + self.block_size, self.num_done + self.block_size + _LOOKAHEAD_FRAMES)
+            )
+            self.block_size = min(2 * self.block_size, _BLOCK_FRAMES)
         return torch.cat(ready)
 
     def finish(self) -> torch.Tensor:
@@ -555,17 +560,27 @@ class GriffinLimStream:
         return torch.cat([self.tail.new_zeros(pad), self.tail])
 
     def _iterate(self, magnitudes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        pad = self.extractor.edge_padding
+        fe, pad = self.extractor, self.extractor.edge_padding
+        window = _window(
+            fe.window_function, fe.win_length, fe.window_periodic, fe.n_fft, 1.0, torch.float32, magnitudes.device
+        )
+        # The window that makes analysis and synthesis least-squares inverses, and what its squares sum up to
+        weight = self._overlap_add(window.square().expand(len(magnitudes), -1)).clamp(min=1e-3)
         phase = 2 * math.pi * torch.rand(magnitudes.shape, generator=self.generator)
         spectrum = torch.polar(magnitudes, phase.to(magnitudes.device))
-        previous = torch.zeros_like(spectrum)
+        previous = None
         for _ in range(self.num_iterations):
-            waveform = self._impose(self._to_waveform(spectrum), known, pad)
-            rebuilt = self._to_spectrum(waveform, len(magnitudes))
-            direction = rebuilt - (_MOMENTUM / (1 + _MOMENTUM)) * previous
-            spectrum = magnitudes * direction / direction.abs().clamp(min=1e-12)
+            waveform = self._impose(self._to_waveform(spectrum, window, weight), known, pad)
+            rebuilt = torch.fft.rfft(waveform.unfold(0, fe.n_fft, fe.hop_length) * window)
+            if previous is None:
+                direction = rebuilt
+            else:
+                direction = torch.sub(rebuilt, previous, alpha=_MOMENTUM / (1 + _MOMENTUM))
+            # Twice as fast as abs(), which guards against squares that overflow
+            squares = torch.addcmul(direction.real.square(), direction.imag, direction.imag)
+            spectrum = direction * (magnitudes * squares.clamp_(min=1e-24).rsqrt_())
             previous = rebuilt
-        return self._impose(self._to_waveform(spectrum), known, pad)
+        return self._impose(self._to_waveform(spectrum, window, weight), known, pad)
 
     @staticmethod
     def _impose(waveform: torch.Tensor, known: torch.Tensor, pad: int) -> torch.Tensor:
@@ -574,29 +589,18 @@ class GriffinLimStream:
             waveform[pad:size] = known[pad:size]
         return waveform
 
-    def _analysis_window(self, device) -> torch.Tensor:
-        fe = self.extractor
-        return _window(fe.window_function, fe.win_length, fe.window_periodic, fe.n_fft, 1.0, torch.float32, device)
+    def _to_waveform(self, spectrum: torch.Tensor, window: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._overlap_add(torch.fft.irfft(spectrum, n=self.extractor.n_fft) * window).div_(weight)
 
-    def _to_spectrum(self, waveform: torch.Tensor, num_frames: int) -> torch.Tensor:
-        fe = self.extractor
-        size = (num_frames - 1) * fe.hop_length + fe.n_fft
-        waveform = nn.functional.pad(waveform, (0, max(0, size - len(waveform))))[:size]
-        return torch.fft.rfft(waveform.unfold(0, fe.n_fft, fe.hop_length) * self._analysis_window(waveform.device))
-
-    def _to_waveform(self, spectrum: torch.Tensor) -> torch.Tensor:
-        """Overlap-add with the window that makes analysis and synthesis least-squares inverses."""
-        fe = self.extractor
-        window = self._analysis_window(spectrum.device)
-        frames = torch.fft.irfft(spectrum, n=fe.n_fft) * window
-        size = (len(frames) - 1) * fe.hop_length + fe.n_fft
-
-        def overlap_add(columns: torch.Tensor) -> torch.Tensor:
-            shape = {"output_size": (1, size), "kernel_size": (1, fe.n_fft), "stride": (1, fe.hop_length)}
-            return nn.functional.fold(columns.T[None], **shape)[0, 0, 0]
-
-        weight = overlap_add(window.square().expand_as(frames))
-        return overlap_add(frames) / weight.clamp(min=1e-3)
+    def _overlap_add(self, frames: torch.Tensor) -> torch.Tensor:
+        """The sum of frames `(n, n_fft)` that begin a hop apart, `((n - 1) * hop_length + n_fft,)`."""
+        hop, n_fft = self.extractor.hop_length, self.extractor.n_fft
+        overlap = -(-n_fft // hop)
+        hops = nn.functional.pad(frames, (0, overlap * hop - n_fft)).unflatten(-1, (overlap, hop))
+        total = frames.new_zeros(len(frames) + overlap - 1, hop)
+        for part in range(overlap):  # what `fold` does, in a fifth of its time
+            total[part : part + len(frames)] += hops[:, part]
+        return total.flatten()[: (len(frames) - 1) * hop + n_fft]
 
 
 def mel_to_magnitude(log_mel: torch.Tensor, extractor: MelLLMFeatureExtractor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers import (
 
 from ..configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
 from ..feature_extraction_mel_llm import MelLLMFeatureExtractor
-from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMForSpeechSeq2Seq, MelLLMProjector
+from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMForSpeechSeq2Seq, MelLLMProjector
 from ..modeling_mel_llm_speech import MelLLMForTextToSpeech
 from ..processing_mel_llm import MelLLMProcessor
 from ..speech_heads_mel_llm import MelLLMSpeechHead
@@ -129,6 +129,7 @@ def from_text_llm(
 
     if isinstance(text_model, PreTrainedConfig):
         text_model = AutoModelForCausalLM.from_config(text_model)
+    _forget_gguf(text_model)
     decoder, head = _decoder_and_head(text_model)
     if text_model.get_input_embeddings().num_embeddings < len(tokenizer):
         text_model.resize_token_embeddings(len(tokenizer))
@@ -175,6 +176,9 @@ def from_text_llm(
     with head.weight.device:
         model.model.audio_embedder = MelLLMAudioEmbedder(model.model.audio_embedder.config)
         model.model.multi_modal_projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
+        if model.ctc_head is not None:
+            model.ctc_head = MelLLMCTCHead(config)
+            model._init_weights(model.ctc_head.proj)
         if config.speech_config is not None:
             model.speech_head = MelLLMSpeechHead(config)
             for module in model.speech_head.modules():
@@ -183,10 +187,24 @@ def from_text_llm(
             model.vocoder = build_vocoder(config.vocoder_config)
     if config.speech_config is not None:
         model.speech_head.to(text_model.dtype)
+    if model.ctc_head is not None:
+        model.ctc_head.to(text_model.dtype)
     model.model.audio_embedder.to(text_model.dtype)
     model.model.multi_modal_projector.to(text_model.dtype)
     _check_same_scores(model, text_model)
     return model.train(text_model.training), processor
+
+
+def _forget_gguf(text_model: PreTrainedModel) -> None:
+    """Weights read from a GGUF file are ordinary ones by now, but still called quantized: nobody would train them."""
+    quantization = getattr(text_model.config, "quantization_config", None)
+    fields = quantization if isinstance(quantization, dict) or quantization is None else quantization.to_dict()
+    if fields is None or "gguf" not in str(fields.get("quant_method")).lower():
+        return
+    del text_model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(text_model, name):
+            setattr(text_model, name, False if name == "is_quantized" else None)
 
 
 def _decoder_and_head(text_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:

@@ -2,6 +2,8 @@
 
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
+from .conditions import RecordingConditions, VoiceWarp
+from .ctc import count_unspellable, ctc_bytes
 from .dataset import SpeechDataset, stream_examples
 from .lora import LORA_PRESETS, count_parameters, freeze, lora_config
 from .report import DataReport, select_clips
@@ -17,6 +19,7 @@ __all__ = [
     "LORA_PRESETS",
     "TASKS",
     "DataReport",
+    "RecordingConditions",
     "SegmentSampler",
     "SpecAugment",
     "SpeechDataset",
@@ -29,8 +32,11 @@ __all__ = [
     "TranscriptionCollator",
     "VocoderTrainer",
     "VocoderTrainingArguments",
+    "VoiceWarp",
     "compute_feature_statistics",
     "count_parameters",
+    "count_unspellable",
+    "ctc_bytes",
     "freeze",
     "last_checkpoint",
     "load_source",

@@ -103,6 +103,19 @@ class DataArguments:
         default_factory=list, metadata={"help": "Speed perturbation, e.g. 0.9 1.0 1.1; none by default."}
     )
     spec_augment: bool = field(default=False, metadata={"help": "Mask stretches of time and bands of mel bins."})
+    conditions: bool = field(
+        default=False, metadata={"help": "Noise, rooms, telephone bands and levels, by chance (RecordingConditions)."}
+    )
+    voice_warp: float = field(
+        default=0.0, metadata={"help": "Stretch the frequency axis by up to this share, e.g. 0.15: other voices."}
+    )
+    voice_pairs: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the clips to be spoken (tts) that follow another of the same speaker: voice prompts work "
+            "better for it. The data needs a column `speaker`."
+        },
+    )
     group_by_length: bool = field(default=True, metadata={"help": "Batches of clips of similar length."})
     features_on_device: bool = field(
         default=False, metadata={"help": "Make features on the model's device instead of in the workers."}
@@ -117,6 +130,9 @@ class DataArguments:
 class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the defaults that speech needs."""
 
+    ctc_only_steps: int = field(
+        default=0, metadata={"help": "Steps at first in which reading is learnt from the CTC head's loss alone."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Checkpoints and the trained model go here."})
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or share of all steps if below 1."})

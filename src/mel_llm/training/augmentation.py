@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 
-def _torchaudio(module: str):
+def torchaudio_module(module: str):
+    """`torchaudio.<module>`, with an error that says what to install."""
     try:
         return importlib.import_module(f"torchaudio.{module}")
     except ImportError as error:
@@ -24,7 +25,7 @@ def _torchaudio(module: str):
 
 @functools.lru_cache(maxsize=32)  # the resampling filter is the expensive part
 def _speed_transform(sampling_rate: int, factor: float):
-    return _torchaudio("transforms").Speed(sampling_rate, factor)
+    return torchaudio_module("transforms").Speed(sampling_rate, factor)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SpeedPerturbation:
         if not self.factors or not all(0.5 <= factor <= 2.0 for factor in self.factors):
             raise ValueError(f"`factors` of speed must be from 0.5 to 2, got {self.factors}.")
         if any(factor != 1.0 for factor in self.factors):
-            _torchaudio("transforms")  # missing is to be told now and not in a worker
+            torchaudio_module("transforms")  # missing is to be told now and not in a worker
 
     def __call__(self, waveform: np.ndarray, sampling_rate: int, seed: int) -> np.ndarray:
         """`(samples,)` to `(samples / factor,)`, float32."""
@@ -80,12 +81,12 @@ class SpecAugment:
                 raise ValueError(f"`{name}` must be a whole number of at least 0, got {getattr(self, name)!r}.")
         if not 0.0 < self.max_time_share <= 1.0:
             raise ValueError(f"`max_time_share` must be more than 0 and at most 1, got {self.max_time_share}.")
-        _torchaudio("transforms")
+        torchaudio_module("transforms")
 
     def __call__(self, features: torch.Tensor, seed: int) -> torch.Tensor:
         """`(frames, num_mel_bins)` of one clip, without padding, to the same shape."""
         # The functional, because the transform applies `p` to the bands too
-        mask_along_axis = _torchaudio("functional").mask_along_axis
+        mask_along_axis = torchaudio_module("functional").mask_along_axis
         mean = features.mean(dim=0)
         masked = (features - mean).T  # (num_mel_bins, frames)
         devices = [features.device] if features.device.type == "cuda" else []
@@ -103,4 +104,4 @@ def example_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-__all__ = ["SpecAugment", "SpeedPerturbation", "example_seed"]
+__all__ = ["SpecAugment", "SpeedPerturbation", "example_seed", "torchaudio_module"]

@@ -8,6 +8,8 @@ import torch
 
 from ..processing_mel_llm import MelLLMProcessor
 from .augmentation import SpecAugment
+from .conditions import VoiceWarp
+from .ctc import ctc_bytes
 
 
 @dataclass
@@ -23,8 +25,10 @@ class TranscriptionCollator:
         audio_column, text_column: Keys of an example; its audio is anything that the processor takes.
         spec_augment ([`SpecAugment`], *optional*): Masks the features of examples that have an `augment_seed`, as those
             that [`SpeechDataset`] makes for training do.
+        voice_warp ([`VoiceWarp`], *optional*): Changes the voices in them, before that.
         features_later (`bool`, defaults to `False`): Leave the waveforms in the batch, for [`SpeechTrainer`] to make
             the features on the model's device.
+        spell (`bool`, defaults to `False`): Add `transcript_bytes` `(batch, letters)` for a model with a CTC head.
     """
 
     processor: MelLLMProcessor
@@ -32,6 +36,8 @@ class TranscriptionCollator:
     text_column: str = "text"
     spec_augment: SpecAugment | None = None
     features_later: bool = False
+    spell: bool = False
+    voice_warp: VoiceWarp | None = None
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_features` `(batch, frames, num_mel_bins)`, `attention_mask` `(batch, frames)`
@@ -51,6 +57,9 @@ class TranscriptionCollator:
             "augment_seeds": [example.get("augment_seed") for example in examples],
             "labels": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100),
         }
+        if self.spell:
+            letters = [torch.tensor(ctc_bytes(example[self.text_column]), dtype=torch.long) for example in examples]
+            batch["transcript_bytes"] = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True, padding_value=-100)
         return batch if self.features_later else self.finish(batch)
 
     @functools.cached_property
@@ -62,11 +71,12 @@ class TranscriptionCollator:
         batch = dict(batch)
         audio, seeds = batch.pop("raw_speech"), batch.pop("augment_seeds")
         features = dict(self.processor(audio=audio, **({} if device is None else {"device": device})))
-        if self.spec_augment is not None:
+        changes = [change for change in (self.voice_warp, self.spec_augment) if change is not None]
+        if changes:
             lengths = features["attention_mask"].sum(dim=1).tolist()
             for row, length, seed in zip(features["input_features"], lengths, seeds, strict=True):
-                if seed is not None:
-                    row[:length] = self.spec_augment(row[:length], seed)
+                for change in changes if seed is not None else ():
+                    row[:length] = change(row[:length], seed)
         return {**batch, **features}
 
 
@@ -89,7 +99,8 @@ class SynthesisCollator:
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_ids` and `attention_mask` `(batch, tokens)`, and `labels` `(batch, frames,
         num_mel_bins)`, padded on the right with -100."""
-        batch = dict(self.processor.apply_speech_request([example[self.text_column] for example in examples]))
+        # Not as a request, which refuses texts without words: one strange clip must not end a run
+        batch = self.processor.speech_tokens([example[self.text_column] for example in examples])
         batch["raw_speech"] = [example[self.audio_column] for example in examples]
         return batch if self.features_later else self.finish(batch)
 

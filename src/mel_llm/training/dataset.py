@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..audio_utils_mel_llm import load_audio
 from .augmentation import SpeedPerturbation, example_seed
+from .conditions import RecordingConditions
 from .sources import COLUMNS
 
 
@@ -28,6 +29,17 @@ def load_clip(audio: dict, sampling_rate: int, offset: float | None, duration: f
     return load_audio(audio, sampling_rate=sampling_rate, offset=offset, duration=duration)
 
 
+def _by_speaker(data) -> dict[str, list[int]]:
+    """The clips of each speaker who has several, of those that are to be spoken."""
+    names = data["speaker"] if "speaker" in data.column_names else []
+    tasks = data["task"] if "task" in data.column_names else [None] * len(names)
+    places: dict[str, list[int]] = {}
+    for index, (name, task) in enumerate(zip(names, tasks, strict=True)):
+        if name is not None and task in (None, "tts"):
+            places.setdefault(name, []).append(index)
+    return {name: indices for name, indices in places.items() if len(indices) > 1}
+
+
 class SpeechDataset(torch.utils.data.Dataset):
     r"""Decoded examples of a dataset with the columns of `mel_llm.training.sources`.
 
@@ -36,10 +48,16 @@ class SpeechDataset(torch.utils.data.Dataset):
     the next one that can takes its place, so that a batch never shrinks and a run never stops because of it.
 
     Args:
-        data: Rows with `audio`, `text` and perhaps `origin` and `task`.
+        data: Rows with `audio`, `text` and perhaps `origin`, `speaker` and `task`.
         sampling_rate (`int`, defaults to 16000): Hz to decode to.
-        speed: Perturbs the clips that are asked for with an epoch, but for those of the task `tts`: it changes voices.
+        speed, conditions (*optional*): Change the clips that are asked for with an epoch, but for those of the task
+            `tts`, which learns voices and sound as they are: [`SpeedPerturbation`], [`RecordingConditions`].
         seed (`int`, defaults to 0): Of the augmentation.
+        voice_pairs (`float`, defaults to 0.0): Share of the clips to be spoken that follow another clip of the same
+            speaker, in one example of at most `max_seconds`: so a model learns to go on in a voice that it is given.
+
+    Raises:
+        ValueError: There is no data, or there are to be pairs and no speaker has two clips.
     """
 
     def __init__(
@@ -48,12 +66,19 @@ class SpeechDataset(torch.utils.data.Dataset):
         sampling_rate: int = 16000,
         speed: SpeedPerturbation | None = None,
         seed: int = 0,
+        conditions: RecordingConditions | None = None,
+        voice_pairs: float = 0.0,
+        max_seconds: float = 30.0,
     ):
         if len(data) == 0:
             raise ValueError("`data` is empty: there is nothing to train on or to evaluate.")
+        self.voice_pairs, self.max_seconds = voice_pairs, max_seconds
+        self.of_speaker = _by_speaker(data) if voice_pairs > 0 else {}
+        if voice_pairs > 0 and not self.of_speaker:
+            raise ValueError("`voice_pairs`: no speaker has two clips. The data needs a column that says who speaks.")
         self.data = data
         self.sampling_rate = sampling_rate
-        self.speed = speed
+        self.changes = [change for change in (speed, conditions) if change is not None]
         self.seed = seed
         # Shared with the workers that decode, so that the process that reports knows what they met
         self._bad = torch.zeros(len(data), dtype=torch.uint8).share_memory_()
@@ -89,9 +114,31 @@ class SpeechDataset(torch.utils.data.Dataset):
             example["task"] = task
         if epoch is not None:
             example["augment_seed"] = example_seed(self.seed, epoch, index)
-            if self.speed is not None and task != "tts":
-                example["audio"] = self.speed(audio, self.sampling_rate, example["augment_seed"])
+            for change in self.changes if task != "tts" else ():
+                example["audio"] = change(example["audio"], self.sampling_rate, example["augment_seed"])
+            if self.voice_pairs > 0 and task in (None, "tts"):
+                example = self._behind_another(example, row, index)
         return example
+
+    def _behind_another(self, example: dict[str, Any], row: dict[str, Any], index: int) -> dict[str, Any]:
+        """By chance, another clip of the speaker in front, in sound and text."""
+        others = self.of_speaker.get(row.get("speaker"), ())
+        random = np.random.default_rng(example["augment_seed"])
+        chance, place = random.random(), int(random.integers(max(1, len(others))))
+        if chance >= self.voice_pairs or len(others) < 2:
+            return example
+        other = others[place] if others[place] != index else others[(place + 1) % len(others)]
+        if self._bad[other]:
+            return example
+        before = self.data[other]
+        try:
+            audio = load_clip(before["audio"], self.sampling_rate, before.get("offset"), before.get("duration"))
+        except CLIP_ERRORS:
+            return example  # it is reported when its own turn comes
+        if len(audio) + len(example["audio"]) > self.max_seconds * self.sampling_rate:
+            return example
+        text = f"{before['text'].strip()} {example['text'].strip()}"
+        return {**example, "audio": np.concatenate([audio, example["audio"]]), "text": text}
 
     @property
     def num_bad_clips(self) -> int:
@@ -106,8 +153,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 class _DecodeStream:
     """Rows of a stream to examples; a clip that cannot be read, or is too short or too long, gives none."""
 
-    def __init__(self, sampling_rate, speed, seed, min_seconds, max_seconds):
-        self.sampling_rate, self.speed, self.seed = sampling_rate, speed, seed
+    def __init__(self, sampling_rate, changes, seed, min_seconds, max_seconds):
+        self.sampling_rate, self.changes, self.seed = sampling_rate, changes, seed
         self.min_samples, self.max_samples = min_seconds * sampling_rate, max_seconds * sampling_rate
         self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # unreadable, outside the limits
 
@@ -129,8 +176,8 @@ class _DecodeStream:
                 continue
             # By content: the place in a stream depends on the worker that reads it
             seed = example_seed(self.seed, 0, zlib.crc32(f"{origin}\0{text}".encode()))
-            if self.speed is not None:
-                waveform = self.speed(waveform, self.sampling_rate, seed)
+            for change in self.changes:
+                waveform = change(waveform, self.sampling_rate, seed)
             examples["audio"].append(np.asarray(waveform, dtype=np.float32))
             examples["text"].append(text)
             examples["augment_seed"].append(seed)
@@ -145,6 +192,7 @@ def stream_examples(
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
     buffer_size: int = 1000,
+    conditions: RecordingConditions | None = None,
 ):
     """The examples of a `datasets.IterableDataset`, decoded as they come.
 
@@ -160,7 +208,8 @@ def stream_examples(
     """
     if buffer_size:
         stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
-    decode = _DecodeStream(sampling_rate, speed, seed, min_seconds, max_seconds)
+    changes = [change for change in (speed, conditions) if change is not None]
+    decode = _DecodeStream(sampling_rate, changes, seed, min_seconds, max_seconds)
     stream = stream.map(
         decode,
         batched=True,

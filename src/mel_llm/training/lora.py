@@ -15,7 +15,7 @@ LORA_PRESETS = {
     "small": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
 }
 
-_NEW_MODULES = ("audio_embedder", "multi_modal_projector", "speech_head")
+_NEW_MODULES = ("audio_embedder", "multi_modal_projector", "speech_head", "ctc_head")
 
 
 def lora_config(
@@ -24,7 +24,7 @@ def lora_config(
     r"""A `peft.LoraConfig` for a Mel-LLM: `get_peft_model(model, lora_config(model))`.
 
     Adapters go on every linear layer of the language model's attention and MLP blocks, whatever its family calls them
-    (paper). The audio embedder with its normalisation, the projector, and the speech head of a model that has one, are
+    (paper). The audio embedder with its normalisation, the projector, and the heads of a model that has any, are
     trained and saved whole: they are new, and nothing but the adapter's folder holds them.
 
     Args:

@@ -2,7 +2,7 @@
 
 Everything becomes a dataset of `datasets` with the columns `audio` (path and/or bytes, never decoded here), `text`,
 `duration` (seconds, or None where nobody wrote it down), `offset` (seconds into the file, where the clip is a part of one;
-else None) and `origin`, the name that messages give the clip. Local files
+else None), `speaker` (or None where nobody says) and `origin`, the name that messages give the clip. Local files
 are listed by this module because `load_dataset("audiofolder")` needs torchcodec even to list them.
 """
 
@@ -30,7 +30,8 @@ logger = logging.get_logger(__name__)
 TASKS = ("asr", "tts")
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription")
-COLUMNS = ("audio", "text", "duration", "offset", "origin")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id", "voice")
+COLUMNS = ("audio", "text", "duration", "offset", "speaker", "origin")
 
 _METADATA_FILES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 _MANIFESTS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -57,7 +58,7 @@ class SpeechSource:
         config (`str`, *optional*): Configuration of a dataset of the Hub.
         weight (`float`, *optional*): Share of the examples that come from here, relative to the other sources.
         streaming (`bool`, defaults to `False`): Read a dataset of the Hub while it is downloaded.
-        audio_column, text_column (`str`, *optional*): Found by their usual names when not given.
+        audio_column, text_column, speaker_column (`str`, *optional*): Found by their usual names when not given.
         exclude (`str`, *optional*): `COLUMN:PATTERN`; rows whose column matches the shell pattern are left out.
         revision (`str`, *optional*): Revision of a dataset of the Hub.
         task (`str`, *optional*): The one task that it is for, `asr` or `tts`; by default every task of the run.
@@ -73,6 +74,7 @@ class SpeechSource:
     streaming: bool = False
     audio_column: str | None = None
     text_column: str | None = None
+    speaker_column: str | None = None
     exclude: str | None = None
     revision: str | None = None
     task: str | None = None
@@ -308,6 +310,8 @@ def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str],
     audio = _find_column(source, names, "audio_column", AUDIO_COLUMNS)
     has_text = needs_text or source.text_column is not None or not set(TEXT_COLUMNS).isdisjoint(names)
     text = _find_column(source, names, "text_column", TEXT_COLUMNS) if has_text else None
+    has_speaker = source.speaker_column is not None or not set(SPEAKER_COLUMNS).isdisjoint(names)
+    speaker = _find_column(source, names, "speaker_column", SPEAKER_COLUMNS) if has_speaker else None
     if isinstance((dataset.features or {}).get(audio), Audio):
         dataset = dataset.cast_column(audio, Audio(decode=False))
     if source.exclude is not None:
@@ -325,10 +329,11 @@ def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str],
             "text": Value("string"),
             "duration": Value("float64"),
             "offset": Value("float64"),
+            "speaker": Value("string"),
             "origin": Value("string"),
         }
     )
-    row_to_columns = _ToColumns(source.place, audio, text, text_normalizer)
+    row_to_columns = _ToColumns(source.place, audio, text, speaker, text_normalizer)
     kwargs: dict[str, Any] = {"with_indices": True, "remove_columns": list(names), "features": features}
     if not source.streaming:
         kwargs["desc"] = f"Listing {source.place}"
@@ -364,6 +369,7 @@ class _ToColumns:
     place: str
     audio: str
     text: str | None
+    speaker: str | None
     text_normalizer: Callable[[str], str] | None
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -373,12 +379,15 @@ class _ToColumns:
         elif audio.get("array") is not None:
             audio = {"bytes": _wav_bytes(audio["array"], audio["sampling_rate"]), "path": audio.get("path")}
         text = "" if text is None else str(text)
+        speaker = None if self.speaker is None else row[self.speaker]
         name = audio.get("path") or f"row {index}"
         return {
             "audio": {"bytes": audio.get("bytes"), "path": audio.get("path")},
             "text": text if self.text_normalizer is None else self.text_normalizer(text),
             "duration": _seconds(row.get("duration")),
             "offset": _seconds(row.get("offset")),
+            # A name means somebody only within its source
+            "speaker": None if speaker in (None, "") else f"{self.place}: {speaker}",
             "origin": name if os.path.isabs(name) else f"{self.place}: {name}",
         }
 

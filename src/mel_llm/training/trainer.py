@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainer, TrainerCallback
 
+from ..modeling_mel_llm_speech import MelLLMSpeechOutput
 from .collator import TaskCollator
 from .dataset import SpeechDataset
 from .sampler import SpeechSampler
@@ -36,13 +37,16 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     Args:
         train_sampler ([`SpeechSampler`], *optional*): Order of a [`SpeechDataset`].
+        ctc_only_steps (`int`, defaults to 0): Steps at first in which the CTC head's loss is all that is learnt from
+            reading: on little data a language model recites the transcripts before it has begun to listen (ours).
         kwargs: For `Seq2SeqTrainer`.
     """
 
-    def __init__(self, *args, train_sampler: SpeechSampler | None = None, **kwargs):
+    def __init__(self, *args, train_sampler: SpeechSampler | None = None, ctc_only_steps: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
+        self.ctc_only_steps = ctc_only_steps
         self.train_sampler = train_sampler
-        self._terms, self._eval_terms = _Means(), _Means()
+        self._terms = _Means()
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
 
@@ -57,13 +61,15 @@ class SpeechTrainer(Seq2SeqTrainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
-        speaks = _is_spoken(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        terms = self._terms if model.training else self._eval_terms
-        if speaks:
-            terms.add({f"tts_{name}": value for name, value in outputs["losses"].items()})
-        elif isinstance(self.data_collator, TaskCollator):
-            terms.add({"asr_loss": loss.detach()})
+        if model.training:
+            ctc_loss = outputs.get("ctc_loss")
+            if ctc_loss is not None and self.state.global_step < self.ctc_only_steps:
+                config = self.accelerator.unwrap_model(self.model).config
+                loss = config.audio_config.ctc_weight * ctc_loss
+            self._terms.add(_terms_of(outputs))
+            if isinstance(self.data_collator, TaskCollator) and not _is_spoken(inputs):
+                self._terms.add({"asr_loss": loss.detach()})
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
@@ -76,9 +82,14 @@ class SpeechTrainer(Seq2SeqTrainer):
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._eval_terms = _Means()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in self._eval_terms.take().items():
+        terms = _Means()
+        # The stock trainer keeps nothing but the loss
+        hook = self.model.register_forward_hook(lambda module, inputs, outputs: terms.add(_terms_of(outputs)))
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            hook.remove()
+        for name, value in terms.take().items():
             # `eval_tts_kl` also where the clips to be spoken are a dataset of their own, "eval_tts"
             task, _, term = name.partition("_")
             prefix = metric_key_prefix if metric_key_prefix.endswith(f"_{task}") else f"{metric_key_prefix}_{task}"
@@ -96,6 +107,13 @@ class SpeechTrainer(Seq2SeqTrainer):
 def _is_spoken(inputs: dict[str, Any]) -> bool:
     labels = inputs.get("labels")
     return labels is not None and labels.is_floating_point()
+
+
+def _terms_of(outputs) -> dict[str, torch.Tensor]:
+    """The terms of a loss, by the names that they have in the log."""
+    terms = outputs.get("losses") if isinstance(outputs, dict) else None
+    task = "tts" if isinstance(outputs, MelLLMSpeechOutput) else "asr"
+    return {f"{task}_{name}": value for name, value in (terms or {}).items()}
 
 
 class _Means:

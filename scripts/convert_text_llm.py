@@ -1,0 +1,141 @@
+"""Makes an untrained Mel-LLM of any causal language model, if need be a smaller one.
+
+    python scripts/convert_text_llm.py HuggingFaceTB/SmolLM2-135M-Instruct --output_dir runs/start
+    python scripts/convert_text_llm.py FOLDER --gguf_file model.Q4_1.gguf --output_dir runs/start \\
+        --layers 0-5,28,29 --vocab_size 8000 --vocab_texts sentences.txt --audio_config '{"reduction_factor": 4}' --speaks
+
+`scripts/train.py --model_name_or_path runs/start` trains it, and measures the normalisation of features first.
+`scripts/train.py` converts a model by itself, too; this script is for making one smaller on the way, and for looking at
+it before.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mel_llm import (
+    MelLLMAudioConfig,
+    MelLLMFeatureExtractor,
+    MelLLMProcessor,
+    MelLLMSpeechConfig,
+    MelLLMVocoderConfig,
+)
+from mel_llm.conversion import find_spare_token, from_text_llm, keep_layers, parse_layers, prune_vocabulary
+from mel_llm.training import count_parameters
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder or Hub name of a causal language model")
+    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder")
+    parser.add_argument("--gguf_file", help="the file in it to read")
+    parser.add_argument("--revision", default="main")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--layers", help="keep these, e.g. 0-5,28,29; all when left out")
+    parser.add_argument("--vocab_size", type=int, help="keep the most frequent tokens of --vocab_texts")
+    parser.add_argument("--vocab_texts", type=Path, nargs="+", default=[], help="text files, a text on each line")
+    parser.add_argument("--audio_config", default="{}", help="fields of MelLLMAudioConfig in JSON")
+    parser.add_argument("--transcription_instruction", help="what the default prompt asks for")
+    parser.add_argument("--speaks", action="store_true", help="with a speech head")
+    parser.add_argument("--speech_preset", default="small", choices=sorted(MelLLMSpeechConfig.PRESETS))
+    parser.add_argument("--speech_config", default="{}", help="fields of MelLLMSpeechConfig in JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of the new weights")
+    arguments = parser.parse_args(argv)
+    if (arguments.vocab_size is None) != (not arguments.vocab_texts):
+        parser.error("--vocab_size and --vocab_texts go together.")
+    for name in ("audio_config", "speech_config"):
+        try:
+            fields = json.loads(getattr(arguments, name))
+        except json.JSONDecodeError as error:
+            parser.error(f"--{name} is not JSON: {error}.")
+        if not isinstance(fields, dict):
+            parser.error(f"--{name} must be a JSON object.")
+        setattr(arguments, name, fields)
+    if arguments.speech_config and not arguments.speaks:
+        parser.error("--speech_config needs --speaks.")
+    return arguments
+
+
+def convert(arguments: argparse.Namespace):
+    """The model and its processor.
+
+    Raises:
+        OSError, ValueError: Something is not there, or does not fit.
+    """
+    if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
+        raise FileExistsError(f"{arguments.output_dir} is not empty. Choose another --output_dir.")
+    layers = None if arguments.layers is None else parse_layers(arguments.layers)
+    audio_config = MelLLMAudioConfig(**arguments.audio_config)
+    options = {"revision": arguments.revision}
+    if arguments.gguf_file is not None:
+        options["gguf_file"] = arguments.gguf_file
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **options)
+    dtype = getattr(torch, arguments.dtype)
+    text_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
+    if layers is not None:
+        text_model = keep_layers(text_model, layers)
+    if arguments.vocab_size is not None:
+        texts = [line for path in arguments.vocab_texts for line in path.read_text(encoding="utf-8").splitlines()]
+        # What the prompts are written with must not fall to pieces; it is small, and counts as often as the most frequent
+        prompts = prompt_texts(tokenizer, arguments) * (len(texts) + 1)
+        text_model, tokenizer = prune_vocabulary(text_model, tokenizer, [*prompts, *texts], arguments.vocab_size)
+    speech = {}
+    if arguments.speaks:
+        extractor = MelLLMFeatureExtractor.from_preset("phi4")
+        extractor.edge_padding = (extractor.win_length - extractor.hop_length) // 2  # a frame for each hop
+        speech = {
+            "feature_extractor": extractor,
+            "speech_config": MelLLMSpeechConfig.from_preset(arguments.speech_preset, **arguments.speech_config),
+            "vocoder_config": MelLLMVocoderConfig.from_feature_extractor(extractor),
+        }
+    torch.manual_seed(arguments.seed)
+    return from_text_llm(text_model, tokenizer, audio_config, **instruction_of(arguments), **speech)
+
+
+def instruction_of(arguments: argparse.Namespace) -> dict:
+    given = arguments.transcription_instruction
+    return {} if given is None else {"transcription_instruction": given}
+
+
+def prompt_texts(tokenizer, arguments: argparse.Namespace) -> list[str]:
+    """The default prompts in the tokenizer's own words."""
+    tokenizer = copy.deepcopy(tokenizer)
+    audio_token = find_spare_token(tokenizer) or "<|audio|>"
+    tokenizer.add_tokens([audio_token], special_tokens=True)
+    extractor = MelLLMFeatureExtractor.from_preset("phi4")
+    processor = MelLLMProcessor(extractor, tokenizer, audio_token=audio_token, **instruction_of(arguments))
+    ids = [*processor.default_prompt_ids(), *processor.speech_prompt_ids()]
+    return [tokenizer.decode(part) for part in ids]
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    model, processor = convert(arguments)
+    partial = arguments.output_dir.with_name(f".{arguments.output_dir.name}.partial")
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    arguments.output_dir.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.output_dir.exists():
+        arguments.output_dir.rmdir()
+    os.replace(partial, arguments.output_dir)
+    text_config = model.config.text_config
+    print(
+        f"{arguments.output_dir}: {count_parameters(model)[1]:,} parameters, {text_config.num_hidden_layers} layers, "
+        f"{text_config.vocab_size} tokens, audio token {processor.audio_token!r}. Untrained where it is new."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
+        if os.environ.get("MEL_LLM_DEBUG"):
+            raise
+        sys.exit(f"convert_text_llm.py: {error}")
