@@ -329,9 +329,10 @@ def test_many_requests_leave_nothing_behind(loaded):
         gc.collect()
         return psutil.Process().memory_info().rss / 2**20
 
+    num_threads = threading.active_count()
     before = many(20)
     assert many(60) - before < 20  # MiB; each request is 0.6 MiB of audio
-    assert worker._num_held == 0 and not [thread for thread in threading.enumerate() if "asyncio" in thread.name]
+    assert worker._num_held == 0 and threading.active_count() == num_threads  # none for each request
 
 
 def test_a_client_that_leaves_ends_its_speech(loaded):

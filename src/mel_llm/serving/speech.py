@@ -369,7 +369,7 @@ def create_app(
         yield
         await asyncio.to_thread(worker.close)
 
-    def check_key(request: Request) -> None:
+    async def check_key(request: Request) -> None:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
             raise SpeechError(401, "The API key is missing or wrong.", code="invalid_api_key")
