@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import soundfile
 import torch
 from conftest import ROOT, build_tiny
+from hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from peft import get_peft_model
@@ -56,6 +60,9 @@ class FakeApi:
     error: Exception | None = None
     calls: list = []  # noqa: RUF012
 
+    def __init__(self, token=None):
+        assert token is None
+
     def create_repo(self, repo_id, private=None, exist_ok=False):
         self.calls.append(("create_repo", repo_id, private, exist_ok))
         if self.error is not None:
@@ -78,6 +85,7 @@ class FakeApi:
 def hub(push, monkeypatch):
     fake = type("Api", (FakeApi,), {"calls": []})
     monkeypatch.setattr(push, "HfApi", fake)
+    monkeypatch.setattr(huggingface_hub, "HfApi", fake)
     monkeypatch.setattr(push, "get_token", lambda: "hf_secret")
     return fake
 
@@ -95,7 +103,7 @@ def test_one_commit_brings_the_folder_and_takes_other_weights_away(push, hub, fo
     push.main([str(folder), "--repo", "ada/my-model", "--private", "--revision", "v2"])
     create, branch, (_, upload, names) = hub.calls
     assert create == ("create_repo", "ada/my-model", True, True) and branch == ("create_branch", "v2")
-    assert upload["revision"] == "v2" and "*.safetensors" in upload["delete_patterns"]
+    assert upload["revision"] == "v2" and "model-*.safetensors" in upload["delete_patterns"]
     assert ".*" in upload["ignore_patterns"] and "README.md" in names and "samples/0.wav" in names
     printed = capsys.readouterr()
     assert "https://hub.example/ada/my-model/commit/1" in printed.out and "old-notes.txt" in printed.err
@@ -110,9 +118,9 @@ def response(status: int) -> httpx.Response:
     ("error", "message"),
     [
         (HfHubHTTPError("no", response=response(401)), "hf auth login"),
-        (HfHubHTTPError("no", response=response(403)), "may not write to ada/my-model"),
-        (HfHubHTTPError("teapot", response=response(418)), "refused .418.: teapot"),
-        (httpx.ConnectError("[Errno -2] Name or service not known"), "broke off.*ConnectError"),
+        (HfHubHTTPError("no", response=response(403)), "may not write to 'ada/my-model'"),
+        (HfHubHTTPError("teapot", response=response(418)), "teapot Push again"),
+        (httpx.ConnectError("[Errno -2] Name or service not known"), "nothing was committed: ConnectError"),
         (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
         (ValueError('Invalid metadata in README.md.\n- "license" must be one of ...'), "Invalid metadata"),
     ],
@@ -217,22 +225,11 @@ def test_adapters_need_a_base_that_others_have(tiny, speech_clips, tiny_folder, 
         assert bool(file_problems(folder)) == is_wrong
 
 
-def test_code_that_cannot_be_exported_is_said(push, hub, folder, monkeypatch):
-    import mel_llm
-
-    monkeypatch.delattr(mel_llm, "export_remote_code", raising=False)
-    with pytest.raises(push.Refused, match="--with-code"):
-        push.main([str(folder), "--repo", "ada/my-model", "--dry-run", "--with-code"])
-    assert [path.name for path in folder.parent.iterdir()] == ["my-model"]  # no copy is left
-
-
 def test_code_goes_into_a_copy(push, hub, folder, monkeypatch, capsys):
-    import mel_llm
-
     tried = []
     monkeypatch.setattr(push, "try_remote_code", lambda folder, recording: tried.append(folder))
     export = lambda target: (target / "modeling_mel_llm.py").write_text("# code")  # noqa: E731
-    monkeypatch.setattr(mel_llm, "export_remote_code", export, raising=False)
+    monkeypatch.setattr(push, "export_remote_code", export)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     push.main([str(folder), "--repo", "ada/my-model", "--with-code"])
     (_, _, names) = hub.calls[-1]
@@ -240,6 +237,24 @@ def test_code_goes_into_a_copy(push, hub, folder, monkeypatch, capsys):
     assert "modeling_mel_llm.py" in names and "samples/0.wav" in names and len(tried) == 1
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert not tried[0].exists()
+
+
+def test_a_folder_goes_to_a_hub_over_http_with_its_code(folder, tmp_path):
+    """The command as a user runs it, up to a stranger's first transcript."""
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_alice", "NO_PROXY": "127.0.0.1,localhost"}
+    with HubServer() as server:
+        environment = {**os.environ, **home, "HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1"}
+        environment = {name: value for name, value in environment.items() if not name.endswith("_OFFLINE")}
+        command = [sys.executable, str(ROOT / "scripts" / "push.py"), str(folder), "--repo"]
+        more = ["alice/spoken", "--with-code", "--private"]
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        repo = server.repos["alice/spoken"]
+        assert repo.private and len(repo.history("main")) == 2  # made, and filled at once
+        files = repo.history("main")[0].files
+        assert {"config.json", "modeling_mel_llm.py", "README.md", "samples/0.wav"} <= set(files)
+        denied = subprocess.run([*command, "bob/spoken"], env=environment, capture_output=True, text=True, timeout=300)
+    assert denied.returncode == 1 and "may not write" in denied.stderr and "Traceback" not in denied.stderr
 
 
 def test_weights_are_read_from_their_headers(published, tiny_folder):

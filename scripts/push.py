@@ -23,13 +23,13 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 import mel_llm
+from mel_llm import export_remote_code
 from mel_llm.model_card import CARD
 from mel_llm.publishing import MAX_FILE_BYTES, file_problems, repository_files, try_model, try_remote_code
+from mel_llm.sharing_mel_llm import WEIGHT_FILES, prepare_repo, push_folder
 
 
 RECORDING = Path(__file__).resolve().parents[1] / "demo_clips" / "en_hello-world.flac"
-# Weights beside which others would be misread: shards beside a whole file, adapters beside a model
-WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json", "pytorch_model*"]
 
 
 class Refused(Exception):
@@ -66,10 +66,6 @@ def check(folder: Path, recording: Path, max_file_bytes: int) -> dict:
 
 def add_code(folder: Path, staged: Path) -> Path:
     """A copy of the folder with the code in it; weights are linked, not copied, where the disk allows it."""
-    try:
-        from mel_llm import export_remote_code
-    except ImportError:
-        raise Refused("--with-code: this version of mel_llm cannot export its code.") from None
 
     def copy(source, target):
         if source.endswith(".safetensors"):
@@ -87,45 +83,24 @@ def add_code(folder: Path, staged: Path) -> Path:
 
 def upload(folder: Path, arguments: argparse.Namespace) -> str:
     """Uploads in one commit and returns where it is."""
-    api = HfApi()
     try:
-        repo_id = api.create_repo(arguments.repo, private=arguments.private or None, exist_ok=True).repo_id
-        if arguments.revision is not None and not arguments.revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=arguments.revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+        repo_id = prepare_repo(arguments.repo, private=arguments.private or None, revision=arguments.revision)
+        commit = push_folder(
+            folder,
+            repo_id,
             revision=arguments.revision,
             commit_message=arguments.message or f"Upload {folder.resolve().name} (mel_llm {mel_llm.__version__})",
             ignore_patterns=[".*", "*/.*"],
-            delete_patterns=WEIGHTS,
+            delete_patterns=list(WEIGHT_FILES),
         )
     except OfflineModeIsEnabled:
         raise Refused("HF_HUB_OFFLINE is set: unset it to upload.") from None
-    except HfHubHTTPError as error:
-        raise Refused(explain(error, arguments.repo)) from error
-    except ValueError as error:  # the Hub does not accept the card's metadata
-        raise Refused(" ".join(str(error).split())) from error
-    except Exception as error:  # whatever the HTTP client of the day raises; a bug says its kind
+    except Exception as error:  # the Hub refuses, or whatever the HTTP client of the day raises; a bug says its kind
         reason = " ".join(str(error).split()) or "no reason given"
-        raise Refused(
-            f"the upload to {constants.ENDPOINT} broke off, nothing was committed: {type(error).__name__}: {reason}"
-        ) from error
-    tell_leftovers(api, repo_id, folder, arguments.revision)
+        kind = "" if isinstance(error, HfHubHTTPError | ValueError | ConnectionError) else f"{type(error).__name__}: "
+        raise Refused(f"{constants.ENDPOINT}: nothing was committed: {kind}{reason}") from error
+    tell_leftovers(HfApi(), repo_id, folder, arguments.revision)
     return getattr(commit, "commit_url", None) or f"{constants.ENDPOINT}/{repo_id}"
-
-
-def explain(error: HfHubHTTPError, repo: str) -> str:
-    status = getattr(error.response, "status_code", None)
-    reason = " ".join((getattr(error, "server_message", None) or str(error)).split())
-    advice = {
-        401: "the token is not accepted: log in with `hf auth login`, or set HF_TOKEN to one that may write.",
-        403: f"the token may not write to {repo}: use one with write permission, or a repository of your own.",
-        404: f"there is no {repo} that this token can see: check its name and the token.",
-        409: f"{repo} cannot be made: {reason}",
-        412: "somebody else pushed in the meantime: push again.",
-    }
-    return advice.get(status, f"the Hub refused ({status}): {reason}")
 
 
 def tell_leftovers(api: HfApi, repo_id: str, folder: Path, revision: str | None) -> None:
