@@ -7,7 +7,12 @@ from conftest import ROOT
 from test_train_script import SCRATCH, finish, folder, launch, losses, words  # noqa: F401  (folder is a fixture)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora", "small"]], ids=["full", "lora"])
+CTC = ["--audio_config", json.dumps({**json.loads(SCRATCH[3]), "ctc_weight": 0.5, "ctc_rate": 4})]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--lora", "small"], [*CTC, "--ctc_only_steps", "4"]], ids=["full", "lora", "letters"]
+)
 def test_two_processes_train_as_one_with_twice_the_batch(folder, tmp_path, more):  # noqa: F811
     one, two = tmp_path / "one", tmp_path / "two"
     common = [
@@ -27,6 +32,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(folder, tmp_path, more)
     accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     finish(launch(*accelerate, script, *words(folder, two, "--per_device_train_batch_size", "2", *common)))
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (one, two)]
+    terms = [[entry["asr_ctc"] for entry in log if "asr_ctc" in entry] for log in logs]
+    assert terms[1] == pytest.approx(terms[0], rel=1e-3) and len(terms[0]) == (9 if "--ctc_only_steps" in more else 0)
     assert len(losses(two)) == 9 and losses(two) == pytest.approx(losses(one), rel=1e-3)
     metrics = [json.loads((path / "training_summary.json").read_text())["metrics"] for path in (one, two)]
     assert metrics[0]["eval_wer"] == pytest.approx(metrics[1]["eval_wer"])

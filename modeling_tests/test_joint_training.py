@@ -115,6 +115,15 @@ def test_a_clip_follows_another_of_the_same_speaker(folder, speech_clips):  # no
     short = SpeechDataset(data, voice_pairs=1.0, max_seconds=1.0)
     assert [short[0, i]["text"] for i in range(len(data))] == texts
     half = SpeechDataset(data, voice_pairs=0.5, max_seconds=60.0)
+    own = [len(alone[i]["audio"]) / 16000 for i in range(len(data))]
+    for epoch in range(2):
+        longer = half.epoch_lengths(own, epoch)
+        assert longer == pytest.approx([len(half[epoch, i]["audio"]) / 16000 for i in range(len(data))])
+        sampler = SpeechSampler(own, batch_size=4, epoch_lengths=half.epoch_lengths)
+        sampler.set_epoch(epoch)
+        order = [index for _, index in sampler]
+        if epoch == 0:
+            assert max(longer[index] for index in order[:4]) == max(longer)
     assert 0 < sum(half[epoch, 1]["text"] != texts[1] for epoch in range(20)) < 20
     with pytest.raises(ValueError, match="no speaker has two clips"):
         SpeechDataset(load_source(SpeechSource(folder), "validation"), voice_pairs=0.5)
@@ -198,6 +207,51 @@ def test_a_reader_learns_to_speak_and_a_speaker_that_reads_on_keeps_its_voice(sc
         script.prepare(words(folder, tmp_path / "x", "--model_name_or_path", str(speaker), "--tasks", "tts", *SPEECH))
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_log_and_the_warm_up_do_not_depend_on_accumulation(script, folder, tmp_path, accumulation):  # noqa: F811
+    audio = json.dumps({**json.loads(SCRATCH[3]), "ctc_weight": 0.5, "ctc_rate": 4})
+    size = [
+        "--per_device_train_batch_size",
+        str(8 // accumulation),
+        "--gradient_accumulation_steps",
+        str(accumulation),
+    ]
+    more = [*size, "--learning_rate", "1e-9", "--audio_config", audio, *SCRATCH[:2], "--max_steps", "1"]
+    train(script, *words(folder, tmp_path / "asr", *more, "--group_by_length", "false"))
+    entry = log_history(tmp_path / "asr")[0]
+    assert entry["loss"] == pytest.approx(entry["asr_text"] + 0.5 * entry["asr_ctc"], rel=1e-3)
+    run = train(
+        script, *words(folder, tmp_path / "tts", *size, "--tasks", "tts", *SCRATCH, *SPEECH, "--max_steps", "3")
+    )
+    assert run.trainer.model.speech_head.num_updates == 3
+
+
+def test_a_vocoder_is_put_in_later(script, folder, tmp_path):  # noqa: F811
+    extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_layers": 1}
+    config = MelLLMVocoderConfig.from_feature_extractor(extractor, vocoder_type="istft", vocoder_kwargs=sizes)
+    MelLLMVocoder(config).save_pretrained(tmp_path / "vocoder")
+    for name, more in (("whole", []), ("lora", ["--lora", "small"])):
+        output = tmp_path / name
+        arguments = [
+            "--tasks",
+            "tts",
+            *SCRATCH,
+            *SPEECH,
+            "--max_steps",
+            "1",
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "1",
+        ]
+        train(script, *words(folder, output, *arguments, *more))
+        assert script.prepare(words(folder, output, *arguments, *more)) is None
+        train(script, *words(folder, output, *arguments, *more, "--vocoder", str(tmp_path / "vocoder")))
+        model = AutoModelForTextToWaveform.from_pretrained(str(output / "base" if more else output))
+        assert model.config.vocoder_config.vocoder_type == "istft"
+
+
 def test_adapters_that_speak(script, folder, tiny_folder, tmp_path):  # noqa: F811
     output = tmp_path / "lora"
     more = ["--model_name_or_path", tiny_folder, "--tasks", "asr,tts", *SPEECH, "--lora", "small", "--max_steps", "4"]
@@ -209,6 +263,8 @@ def test_adapters_that_speak(script, folder, tiny_folder, tmp_path):  # noqa: F8
     expected = trained.generate(**inputs, **options).spectrogram[0]
     from peft import PeftModel
 
+    with pytest.raises(ValueError, match="holds adapters"):
+        script.prepare(words(folder, tmp_path / "more", "--model_name_or_path", str(output)))
     base = AutoModelForTextToWaveform.from_pretrained(str(output / "base"))
     again = PeftModel.from_pretrained(base, str(output)).eval()
     torch.testing.assert_close(again.generate(**inputs, **options).spectrogram[0], expected)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoModelForTextToWaveform,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -22,9 +23,11 @@ from transformers.utils import logging
 
 import mel_llm
 from mel_llm import (
+    MelLLMConfig,
     MelLLMFeatureExtractor,
     MelLLMForTextToSpeech,
     MelLLMSpeechConfig,
+    MelLLMVocoder,
     MelLLMVocoderConfig,
     load_audio,
 )
@@ -445,7 +448,71 @@ def test_the_stock_trainer_trains_it(speaking, speech_clips, tmp_path):
     trainer = Trainer(model, arguments, train_dataset=examples, data_collator=collate)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.8 * losses[0] and model.speech_head.num_updates == 24
+    assert losses[-1] < 0.8 * losses[0]
+    assert model.speech_head.num_updates == 24  # the stock trainer tells nobody which passes were one update
+
+
+def test_the_loop_is_not_limited_by_the_text_models_tokens(speaking):
+    model, processor = speaking
+    model = copy.deepcopy(model)
+    model.speech_head.stop.bias.data.fill_(-30.0)
+    r = model.config.audio_config.reduction_factor
+    assert model.generation_config.max_new_tokens == 1024
+    model.generation_config.max_new_tokens = 5
+    inputs = processor.apply_speech_request(TEXTS[0])
+    frames = model.generate(**inputs, **free(max_seconds=2.0)).spectrogram[0]
+    assert len(frames) == 200
+    for limit in ({"max_new_tokens": 3}, {"generation_config": GenerationConfig(max_new_tokens=3)}):
+        assert len(model.generate(**inputs, **free(max_seconds=2.0), **limit).spectrogram[0]) == 3 * r
+
+
+def test_several_takes_of_a_text(speaking):
+    model, processor = speaking
+    inputs = processor.apply_speech_request([TEXTS[0]] * 3)
+    options = {"max_seconds": 0.3, "min_seconds": 0.3, "return_dict_in_generate": True}
+    takes = model.generate(**inputs, **options).spectrogram
+    assert not torch.equal(takes[0], takes[1]) and not torch.equal(takes[1], takes[2])
+    seeded = model.generate(**inputs, **options, seed=[7, 8, 7]).spectrogram
+    assert torch.equal(seeded[0], seeded[2]) and not torch.equal(seeded[0], seeded[1])
+    single = processor.apply_speech_request(TEXTS[0])
+    for seed, row in zip((7, 8), seeded, strict=False):
+        alone = model.generate(**single, **options, seed=seed).spectrogram[0]
+        torch.testing.assert_close(alone, row, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="`seed` has 2 numbers for 3 texts"):
+        model.generate(**inputs, **options, seed=[1, 2])
+
+
+def test_arguments_of_text_generation_are_understood_or_refused(speaking):
+    model, processor = speaking
+    inputs = processor.apply_speech_request(TEXTS[0])
+    options = {"max_seconds": 0.3, "return_dict_in_generate": True}
+    calm = [
+        model.generate(**inputs, **options, **more).spectrogram[0]
+        for more in ({"do_sample": False}, {"temperature": 0})
+    ]
+    if model.config.speech_config.history_dropout == 0:
+        assert torch.equal(*calm)
+    with pytest.raises(ValueError, match=r"do_sample=False.*`temperature` is 0.5"):
+        model.generate(**inputs, **options, do_sample=False, temperature=0.5)
+    for name, value in (("num_return_sequences", 3), ("num_beams", 2), ("top_k", 5), ("max_length", 9)):
+        with pytest.raises(ValueError, match=f"does not know the arguments {name}"):
+            model.generate(**inputs, **options, **{name: value})
+
+
+def test_a_vocoder_for_other_features_is_refused(speaking):
+    model, processor = speaking
+    other = MelLLMVocoderConfig.from_feature_extractor(MelLLMFeatureExtractor.from_preset("hifigan16k"))
+    with pytest.raises(ValueError, match="hop_length 256"):
+        MelLLMConfig(**{**model.config.to_dict(), "vocoder_config": other})
+    model = copy.deepcopy(model)
+    model.vocoder = MelLLMVocoder(other)
+    with pytest.raises(ValueError, match=r"`model.vocoder` is for 16000 Hz, a hop of 256"):
+        model.generate(**processor.apply_speech_request(TEXTS[0]), max_seconds=0.2)
+
+
+def test_a_speech_config_may_be_a_dict(tiny_folder):
+    model = AutoModelForTextToWaveform.from_pretrained(tiny_folder, speech_config={"head_hidden_size": 16})
+    assert model.speech_head.residual[0].out_features == 16
 
 
 def test_one_checkpoint_for_both_directions(speaking, speech_clips, tmp_path, caplog):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mel_llm import (
@@ -58,8 +59,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         if not isinstance(fields, dict):
             parser.error(f"--{name} must be a JSON object.")
         setattr(arguments, name, fields)
-    if arguments.speech_config and not arguments.speaks:
-        parser.error("--speech_config needs --speaks.")
+    for name, default in (("speech_config", {}), ("speech_preset", "small")):
+        if getattr(arguments, name) != default and not arguments.speaks:
+            parser.error(f"--{name} needs --speaks.")
+    for name, config in (("audio_config", MelLLMAudioConfig()), ("speech_config", MelLLMSpeechConfig())):
+        unknown = sorted(getattr(arguments, name).keys() - config.to_dict().keys())
+        if unknown:
+            parser.error(f"--{name}: {type(config).__name__} has no field {', '.join(unknown)}.")
     return arguments
 
 
@@ -135,7 +141,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, ImportError, SafetensorError, StrictDataclassError) as error:
         if os.environ.get("MEL_LLM_DEBUG"):
             raise
         sys.exit(f"convert_text_llm.py: {error}")

@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="write mel.png, a real and a generated mel")
     arguments = parser.parse_args()
 
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)  # rather refused now than after the training
     clips = read_clips(arguments.clips)
     model, processor, features = build(clips, arguments.seed)
     inputs = processor.apply_speech_request([clip["text"] for clip in clips])
@@ -138,7 +139,6 @@ def main() -> None:
     figures[f"temperature {arguments.temperature:g}"], output = speak(
         model, inputs, features, arguments.temperature, arguments.seed
     )
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
     for index, (clip, audio) in enumerate(zip(clips, output.audio, strict=True)):

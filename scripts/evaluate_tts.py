@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoProcessor, HfArgumentParser
+from safetensors import SafetensorError
+from transformers import AutoModelForTextToWaveform, AutoProcessor, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMForTextToSpeech, MelLLMVocoder, MelLLMVocoderConfig
@@ -139,12 +140,17 @@ class EvaluationArguments:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def load_speaker(name: str, option: str, **kwargs) -> MelLLMForTextToSpeech:
+    """A model that speaks, also one that is adapters and their base."""
+    model = AutoModelForTextToWaveform.from_pretrained(name, **kwargs)
+    if not isinstance(model, MelLLMForTextToSpeech):
+        raise ValueError(f"{option} {name} is no Mel-LLM but a {type(model).__name__}.")
+    return model
+
+
 def load_model(name: str, arguments: EvaluationArguments) -> ModelSpeech:
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type != "mel_llm":
-        raise ValueError(f"--model {name} is no Mel-LLM but of the type {config.model_type!r}.")
+    model = load_speaker(name, "--model", dtype=arguments.dtype).to(arguments.device)
     processor = AutoProcessor.from_pretrained(name)
-    model = MelLLMForTextToSpeech.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
     options = {key: getattr(arguments, key) for key in ("temperature", "stop_threshold", "max_seconds", "min_seconds")}
     return ModelSpeech(
         model, processor, name, describe_folder(name), seed=arguments.seed, max_chars=arguments.max_chars, **options
@@ -165,7 +171,7 @@ def load_vocoder(name: str, device: str) -> CopySynthesis:
         config_file.is_file() and json.loads(config_file.read_text(encoding="utf-8")).get("model_type") == "mel_llm"
     )
     if is_model:
-        vocoder = MelLLMForTextToSpeech.from_pretrained(name).vocoder
+        vocoder = load_speaker(name, "--copy_synthesis").vocoder
         if vocoder is None:
             raise ValueError(f"--copy_synthesis {name}: this model has no vocoder.")
     else:
@@ -261,7 +267,14 @@ if __name__ == "__main__":
     disable_progress_bar()
     try:
         evaluation, arguments = prepare(sys.argv[1:])
-    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:  # what the user can mend
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:  # what the user can mend
         if os.environ.get("MEL_LLM_DEBUG"):
             raise
         sys.exit(f"evaluate_tts.py: {error}")

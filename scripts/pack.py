@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSpeechSeq2Seq,
@@ -107,7 +108,7 @@ if __name__ == "__main__":
     arguments = parse_arguments(sys.argv[1:])
     try:
         pack(arguments.run, arguments.folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if os.environ.get("MEL_LLM_DEBUG"):
             raise
         sys.exit(f"pack.py: {error}")

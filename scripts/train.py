@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -298,6 +300,10 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
     if model_args.attn_implementation:
         loading["attn_implementation"] = model_args.attn_implementation
     if model_args.gguf_file is None:
+        if (Path(name) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"--model_name_or_path: {name} holds adapters. Merge them first: its command again, with --merge_lora."
+            )
         if AutoConfig.from_pretrained(name, **options).model_type == MelLLMConfig.model_type:
             if audio_fields or model_args.transcription_instruction is not None:
                 raise ValueError(f"--audio_config and --transcription_instruction are for new models; {name} is one.")
@@ -419,8 +425,12 @@ def add_lora(model, processor, model_args: ModelArguments, training_args, needs_
                 f"{name}, where the untrained model goes, is something else. Choose another --output_dir."
             )
         if training_args.should_save:
-            model.save_pretrained(name)
-            processor.save_pretrained(name)
+            # Beside it first: the model may have been read from there, and its weights may still be
+            partial = name.with_name(".base.partial")
+            model.save_pretrained(partial)
+            processor.save_pretrained(partial)
+            shutil.rmtree(name, ignore_errors=True)
+            os.replace(partial, name)
     if training_args.push_to_hub and not model_args.merge_lora and os.path.isdir(name):
         name = push_base(name, training_args)
     # The adapter's config names its base, from wherever it is loaded
@@ -454,6 +464,7 @@ def length_of(training_args: SpeechTrainingArguments, model_args: ModelArguments
         "lora": model_args.lora,
         "merge_lora": model_args.merge_lora,
         "tasks": data_args.tasks,
+        "vocoder": model_args.vocoder,
     }
 
 
@@ -559,7 +570,7 @@ def prepare(argv: list[str]) -> Run | None:
             **{name: getattr(ModelArguments, name) for name in (*NEW_MODELS_ONLY, *NEW_SPEECH_HEADS_ONLY)},
         )
     model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), speaks)
-    set_vocoder(model, processor, model_args.vocoder if checkpoint is None else None)
+    set_vocoder(model, processor, model_args.vocoder)
     if isinstance(model, MelLLMForTextToSpeech):
         if model.vocoder is not None:
             model.vocoder.requires_grad_(False)
@@ -606,6 +617,7 @@ def prepare(argv: list[str]) -> Run | None:
             training_args.seed,
             [selection.task for selection in selections],
             data_args.group_by_length,
+            train_set.epoch_lengths if data_args.voice_pairs else None,
         )
         longest = max(lengths)
     if eval_sources:
@@ -633,7 +645,7 @@ def prepare(argv: list[str]) -> Run | None:
         export_remote_code(model)
         export_remote_code(processor)
     if model_args.lora is not None:
-        needs_base = is_new or (checkpoint is None and is_changed(model, model_args))
+        needs_base = is_new or is_changed(model, model_args)
         model = add_lora(model, processor, model_args, training_args, needs_base)
     if model_args.freeze:
         freeze(model, model_args.freeze)
@@ -749,6 +761,7 @@ if __name__ == "__main__":
         ValueError,
         TypeError,
         ImportError,
+        SafetensorError,
         StrictDataclassError,
     ) as error:  # what the user can mend; what comes later keeps its traceback
         if os.environ.get("MEL_LLM_DEBUG"):

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -162,7 +163,7 @@ def prepare(argv: list[str]) -> tuple[VocoderTrainer, dict] | None:
     if arguments.eval_data:
         evaluation, _, reports["eval"] = load_clips(arguments.eval_data, "validation", arguments, rate, "Validation")
     mean, std = feature_statistics(clips, extractor, arguments.statistics_clips)
-    if is_new:
+    if is_new and vocoder.generator.normalizes:
         vocoder.set_feature_statistics(mean, std)
     logger.info("{:,} of {:,} parameters are trained.".format(*count_parameters(vocoder)))
     names = ("vocoder_type", "vocoder_kwargs", "feature_config")
@@ -215,7 +216,14 @@ if __name__ == "__main__":
     disable_progress_bar()  # one for each checkpoint
     try:
         prepared = prepare(sys.argv[1:])
-    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:  # what the user can mend
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:  # what the user can mend
         if os.environ.get("MEL_LLM_DEBUG"):
             raise
         sys.exit(f"train_vocoder.py: {error}")

@@ -66,6 +66,7 @@ def load(auto_class: str, model: str, device: str | None, dtype: str, check: Cal
     # Imported late: `mel-llm --help` need not wait for torch
     import torch
     import transformers
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     import mel_llm  # noqa: F401  (makes the Auto classes know it)
@@ -79,6 +80,8 @@ def load(auto_class: str, model: str, device: str | None, dtype: str, check: Cal
         processor = transformers.AutoProcessor.from_pretrained(model)
         check(processor)
         loaded = getattr(transformers, auto_class).from_pretrained(model, dtype=dtype).to(device).eval()
-    except (OSError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except SafetensorError as error:
+        fail(f"{model}: a file of weights is broken, perhaps cut short: {error}")
+    except (OSError, TypeError, ValueError, RuntimeError, AttributeError, ImportError) as error:
         fail(error)
     return loaded, processor

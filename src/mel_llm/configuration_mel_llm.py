@@ -646,6 +646,7 @@ class MelLLMConfig(PreTrainedConfig):
         self.audio_config = self._build_sub_config("audio_config", MelLLMAudioConfig, default=True)
         self.speech_config = self._build_sub_config("speech_config", MelLLMSpeechConfig)
         self.vocoder_config = self._build_sub_config("vocoder_config", MelLLMVocoderConfig)
+        self._check_vocoder()
 
         vocab_size = self.text_config.vocab_size
         if self.audio_token_id is None:
@@ -727,6 +728,24 @@ class MelLLMConfig(PreTrainedConfig):
             if isinstance(sizes[name], int):
                 number = sizes["hidden_size"] * sizes[name]
                 _check_weights(text_config, f"`hidden_size` and `{name}`", number, _MAX_TEXT_WEIGHTS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `from_pretrained(..., speech_config={...})` sets the dict when the config is there
+        if isinstance(value, dict) and name in ("audio_config", "speech_config", "vocoder_config"):
+            value = self.sub_configs[name](**{key: item for key, item in value.items() if key != "model_type"})
+        super().__setattr__(name, value)
+
+    def _check_vocoder(self) -> None:
+        """A vocoder for other features would make sound all the same, of another length and pitch."""
+        if self.vocoder_config is None:
+            return
+        features = self.vocoder_config.feature_config or {}
+        names = {"sampling_rate": "sampling_rate", "hop_length": "hop_length", "feature_size": "num_mel_bins"}
+        for theirs, ours in names.items():
+            # What is not said is the extractor's default, which is the audio config's
+            value, wanted = features.get(theirs, getattr(MelLLMAudioConfig, ours)), getattr(self.audio_config, ours)
+            if value != wanted:
+                _fail(type(self).__name__, "vocoder_config", f"features with {theirs} {value}", f"for {ours} {wanted}")
 
     def _build_sub_config(self, name: str, config_class: type, default: bool = False) -> PreTrainedConfig | None:
         value = getattr(self, name)

@@ -595,7 +595,8 @@ class MelLLMCausalLMOutputWithPast(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy of the labels.
         ctc_loss (`torch.Tensor` of shape `()`, *optional*): Of the CTC head, not weighted.
-        losses (`dict[str, torch.Tensor]`, *optional*): `"text"`, the cross-entropy, and `"ctc"`, where both make the loss.
+        losses (`dict[str, torch.Tensor]`, *optional*): `"text"`, the cross-entropy, and `"ctc"`, where both make the loss;
+            means over this batch, also where the loss is a part of a larger batch's.
         logits (`torch.Tensor` of shape `(batch, tokens, vocab_size)`): Scores of the next token.
         past_key_values (`Cache`, *optional*): Keys and values of the language model.
         audio_hidden_states (`torch.Tensor` of shape `(num_audio_tokens, hidden_size)`, *optional*): The projected
@@ -633,6 +634,8 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         self.ctc_head = MelLLMCTCHead(config) if config.audio_config.ctc_weight > 0 else None
+        # What the cross-entropy counts in training beside the CTC head's loss; see `SpeechTrainer.ctc_only_steps`
+        self.text_loss_weight = 1.0
         self._can_compile_fullgraph = self.model._can_compile_fullgraph
         # Set here and not by name (`loss_type`): for a loss of that name the Trainer counts the tokens of a batch from
         # the second on, but the first token of a transcript given as labels is one to predict. For labels beside
@@ -815,9 +818,14 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             places = prompt_ids == self.config.audio_token_id
             states = outputs.hidden_states[self.ctc_head.layer]
             ctc = self.ctc_head.loss(states[:, : prompt_ids.shape[1]], places, transcript_bytes.to(states.device))
-            output.ctc_loss = (ctc * weights).sum() / torch.as_tensor(total, device=ctc.device)
-            output.losses = {"text": loss.detach(), "ctc": output.ctc_loss.detach()}
+            total = torch.as_tensor(total, device=ctc.device)
+            output.ctc_loss = (ctc * weights).sum() / total
+            # Means of this batch, of whatever larger one it is a part
+            share = total / weights.sum().clamp(min=1)
+            output.losses = {"text": loss.detach() * share, "ctc": output.ctc_loss.detach() * share}
             output.hidden_states = outputs.hidden_states if wants_states else None
+            if self.training:
+                loss = self.text_loss_weight * loss
             output.loss = loss + self.config.audio_config.ctc_weight * output.ctc_loss
         return output
 

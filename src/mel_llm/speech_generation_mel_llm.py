@@ -4,7 +4,6 @@ The loop is not transformers' own, which chooses among tokens. Everything here i
 MELLE) and the dropout on the history, which stays on (paper).
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -69,9 +68,12 @@ class MelLLMSpeechGenerationMixin:
             max_seconds, min_seconds (`float`, *optional*): Limits of the duration. By default the longest is 2 seconds
                 and one for each `config.speech_config.min_tokens_per_second` tokens, and the shortest that of a text
                 read at `config.max_text_tokens_per_second`.
-            max_new_tokens (`int`, *optional*): The most patches; 256 and more come from stock pipelines.
+            max_new_tokens (`int`, *optional*): The most patches. (The model's own generation config, which is about
+                text, has no say here.)
+            do_sample (`bool`, *optional*): `False` is `temperature=0`.
             stop_threshold (`float`, defaults to 0.5): Probability of the end at which the speech ends.
-            seed (`int`, *optional*): Makes the speech of each text repeatable, in any batch.
+            seed (`int` or `list[int]`, *optional*): Makes the speech of each text repeatable, in any batch; of one for
+                all texts, or one for each. Without, each text has another, and so has each take of one.
             streamer (*optional*): Gets the waveform of a single text piece by piece, `put((samples,))`, and `end()`.
             return_dict_in_generate (`bool`, defaults to `False`): Return a [`MelLLMSpeechGenerationOutput`].
 
@@ -86,15 +88,19 @@ class MelLLMSpeechGenerationMixin:
         is_audio = isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
         if is_audio or kwargs.get("input_features") is not None or kwargs.get("inputs_embeds") is not None:
             return super().generate(inputs, generation_config, **kwargs)
-        config = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
-        options = _SpeechOptions.take(kwargs, config)
-        input_ids = kwargs.pop("input_ids") if inputs is None else inputs
+        self._take_from(generation_config, kwargs)
+        options = _SpeechOptions.take(kwargs)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         attention_mask = kwargs.pop("attention_mask", None)
         voice, voice_mask = kwargs.pop("voice_features", None), kwargs.pop("voice_features_mask", None)
-        unknown = sorted(name for name in kwargs if name != "generation_config" and not hasattr(config, name))
+        unknown = sorted(name for name, value in kwargs.items() if value is not None and name != "use_cache")
         if unknown:
-            raise ValueError(f"generate() of speech does not know the arguments {', '.join(unknown)}.")
+            raise ValueError(
+                f"generate() of speech does not know the arguments {', '.join(unknown)}. For several takes of a text, repeat it "
+                "in the batch."
+            )
         self._check_text(input_ids, attention_mask)
+        self._check_vocoder()
         if options.streamer is not None and len(input_ids) != 1:
             raise ValueError(f"`streamer` takes one text at a time, got a batch of {len(input_ids)}.")
         sink = None if options.streamer is None else SpeechStream(self, options.streamer)
@@ -123,6 +129,26 @@ class MelLLMSpeechGenerationMixin:
             )
         return torch.nn.utils.rnn.pad_sequence(audio, batch_first=True)
 
+    def _take_from(self, generation_config, kwargs: dict) -> None:
+        """What a caller's own config says about speech. The model's is about text, as far as it says the same."""
+        for name in ("max_new_tokens", "temperature", "do_sample"):
+            value = getattr(generation_config, name, None)
+            if value is not None and value != getattr(self.generation_config, name, None):
+                kwargs.setdefault(name, value)
+
+    def _check_vocoder(self) -> None:
+        audio = self.config.audio_config
+        wanted = (audio.sampling_rate, audio.hop_length, audio.num_mel_bins)
+        if self.vocoder is None:
+            return
+        extractor = self.vocoder.extractor
+        there = (extractor.sampling_rate, extractor.hop_length, extractor.feature_size)
+        if there != wanted:
+            raise ValueError(
+                f"`model.vocoder` is for {there[0]} Hz, a hop of {there[1]} samples and {there[2]} mel bins, but the model writes "
+                f"{wanted[0]} Hz, {wanted[1]} and {wanted[2]}: it needs a vocoder for its own features."
+            )
+
     def _check_text(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError("There is no text to speak: `input_ids` must be (batch, tokens) with at least one token.")
@@ -143,9 +169,9 @@ class MelLLMSpeechGenerationMixin:
         batch_size, num_tokens = len(text), attention_mask.sum(-1)
         patch_seconds = self.config.audio_config.reduction_factor / self.config.audio_config.frame_rate
         is_random = self.speech_head.is_random and options.temperature > 0
-        chance = _Chance(self, options.seed, is_random)
+        chance = _Chance(self, options.seeds(batch_size), is_random)
 
-        history, previous, num_voice = self._voice_history(voice, voice_mask, batch_size, chance.for_voice(batch_size))
+        history, previous, num_voice = self._voice_history(voice, voice_mask, batch_size, chance.for_voice())
         begin = self.speech_head.begin.expand(batch_size, 1, -1)
         embeds = self.get_input_embeddings()(text)
         inputs_embeds = torch.cat([embeds, begin.to(embeds.dtype), history.to(embeds.dtype)], dim=1)
@@ -273,12 +299,12 @@ class _SpeechOptions:
     min_seconds: float | None = None
     max_patches: int | None = None
     stop_threshold: float = 0.5
-    seed: int = 0
+    seed: int | list[int] | None = None
     streamer: object = None
     return_dict: bool = False
 
     @classmethod
-    def take(cls, kwargs: dict, generation_config) -> "_SpeechOptions":
+    def take(cls, kwargs: dict) -> "_SpeechOptions":
         def number(name: str, default=None, kind=Real):
             value = kwargs.pop(name, None)
             if value is None:
@@ -288,13 +314,20 @@ class _SpeechOptions:
                 raise ValueError(f"`{name}` must be {what}, got {value!r}.")
             return value
 
+        do_sample = kwargs.pop("do_sample", None)
+        if do_sample is False and (kwargs.get("temperature") or 0.0) != 0.0:
+            raise ValueError(f"`do_sample=False` is `temperature=0`, but `temperature` is {kwargs['temperature']}.")
+        seed = kwargs.pop("seed", None)
+        for item in seed if isinstance(seed, list | tuple) else [seed]:
+            if item is not None and (not isinstance(item, Integral) or isinstance(item, bool)):
+                raise ValueError(f"`seed` must be a whole number, or a list of one for each text, got {seed!r}.")
         options = cls(
-            temperature=float(number("temperature", 1.0)),
+            temperature=float(number("temperature", 0.0 if do_sample is False else 1.0)),
             max_seconds=number("max_seconds"),
             min_seconds=number("min_seconds"),
-            max_patches=number("max_new_tokens", generation_config.max_new_tokens, Integral),
+            max_patches=number("max_new_tokens", None, Integral),
             stop_threshold=number("stop_threshold", 0.5),
-            seed=int(number("seed", int(torch.randint(1 << 62, ())), Integral)) % (1 << 63),
+            seed=seed,
             streamer=kwargs.pop("streamer", None),
             return_dict=bool(kwargs.pop("return_dict_in_generate", False)),
         )
@@ -313,6 +346,16 @@ class _SpeechOptions:
         if not 0.0 < options.stop_threshold <= 1.0:
             raise ValueError(f"`stop_threshold` must be more than 0 and at most 1, got {options.stop_threshold}.")
         return options
+
+    def seeds(self, batch_size: int) -> list[int]:
+        """Of each row: the one that is given for all, or different ones."""
+        if self.seed is None:
+            first = int(torch.randint(1 << 62, ()))
+            return [first + row for row in range(batch_size)]
+        seeds = list(self.seed) if isinstance(self.seed, list | tuple) else [self.seed] * batch_size
+        if len(seeds) != batch_size:
+            raise ValueError(f"`seed` has {len(seeds)} numbers for {batch_size} texts.")
+        return [int(seed) % (1 << 63) for seed in seeds]
 
     def patch_limits(self, num_tokens, num_voice, patch_seconds: float, config) -> tuple[torch.Tensor, torch.Tensor]:
         """The fewest and the most patches of each row. Tokens that are said in the voice prompt are not to be spoken,
@@ -333,15 +376,18 @@ class _SpeechOptions:
 class _Chance:
     """What is random in the speech of a text: the latent's noise and the dropout on the history.
 
-    Every row of a batch gets the same numbers, those of the seed, so a text's speech is that which it is alone. They are
-    drawn on the CPU, for many steps at a time.
+    Each row of a batch gets the numbers of its seed, so a text's speech is that which it is alone. They are drawn on the
+    CPU, for many steps at a time, and once for rows of one seed.
     """
 
-    def __init__(self, model, seed: int, is_random: bool):
+    def __init__(self, model, seeds: list[int], is_random: bool):
         head, self.rate = model.speech_head, model.config.speech_config.history_dropout
-        self.generator = torch.Generator().manual_seed(seed)
+        unique = list(dict.fromkeys(seeds))
+        self.generators = [torch.Generator().manual_seed(seed) for seed in unique]
+        self.rows = [unique.index(seed) for seed in seeds] if len(unique) > 1 else None
         # Of its own: how much a voice takes depends on the longest in the batch
-        self.voice_seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        voice_seeds = [int(torch.randint(1 << 62, (), generator=generator)) for generator in self.generators]
+        self.voice_seeds = [voice_seeds[unique.index(seed)] for seed in seeds]
         self.latent_size = head.reduction_factor * head.num_mel_bins if is_random else 0
         self.width = model.config.text_config.hidden_size if self.rate else 0
         self.device = model.device
@@ -349,19 +395,26 @@ class _Chance:
         self.kept: torch.Tensor | None = None
         self.step = 0
 
-    def for_voice(self, batch_size: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(self.voice_seed) for _ in range(batch_size)]
+    def for_voice(self) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in self.voice_seeds]
 
     def draw(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of the next step: noise `(1, r * F)`, and what the history's token `(D,)` is to be multiplied by; None for
-        what is not random."""
+        """Of the next step: noise `(B or 1, r * F)`, and what the history's token is to be multiplied by, `(B or 1, 1,
+        D)`; None for what is not random."""
         step, self.step = self.step % _DRAWN_STEPS, self.step + 1
         if step == 0 and self.latent_size:
-            self.noise = torch.randn(_DRAWN_STEPS, 1, self.latent_size, generator=self.generator).to(self.device)
+            shape = (_DRAWN_STEPS, self.latent_size)
+            self.noise = self._spread([torch.randn(shape, generator=generator) for generator in self.generators])
         if step == 0 and self.width:
-            kept = torch.rand(_DRAWN_STEPS, self.width, generator=self.generator) >= self.rate
-            self.kept = (kept / max(1.0 - self.rate, 1e-9)).to(self.device)
+            drawn = [torch.rand(_DRAWN_STEPS, self.width, generator=generator) for generator in self.generators]
+            kept = [(row >= self.rate) / max(1.0 - self.rate, 1e-9) for row in drawn]
+            self.kept = self._spread(kept)[:, :, None]
         return tuple(None if drawn is None else drawn[step] for drawn in (self.noise, self.kept))
+
+    def _spread(self, drawn: list[torch.Tensor]) -> torch.Tensor:
+        """What each seed drew, `(steps, n)`, to the rows: `(steps, B or 1, n)` on the device."""
+        by_row = torch.stack(drawn, dim=1)
+        return (by_row if self.rows is None else by_row[:, self.rows]).to(self.device)
 
 
 class _SilenceGuard:

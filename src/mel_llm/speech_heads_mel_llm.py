@@ -175,6 +175,8 @@ class MelLLMSpeechHead(nn.Module):
             )
         # Training steps so far, for the warm-up of the KL term; kept in the checkpoint, so a resumed run goes on
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+        # Forward passes stand for them unless somebody who knows better counts, as SpeechTrainer does
+        self.counts_passes, self.num_passes = True, 0
 
     @property
     def context(self) -> int:
@@ -263,7 +265,9 @@ class MelLLMSpeechHead(nn.Module):
         terms["loss"] = torch.stack(list(terms.values())).sum()
         terms["mean_error"] = masked_frame_mean((mean - target).abs(), mask).detach() / target.shape[-1]
         if self.training and torch.is_grad_enabled():
-            self.num_updates += 1
+            self.num_passes += 1
+            if self.counts_passes:
+                self.num_updates += 1
         return terms, after
 
     def _frames(self, patches: torch.Tensor) -> torch.Tensor:

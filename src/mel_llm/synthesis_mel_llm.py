@@ -123,7 +123,7 @@ def iter_speech(
     sentences = split_sentences(processor.clean_speech_text(text), max_chars)
     if getattr(model, "vocoder", None) is None:
         raise ValueError("This model has no vocoder (`config.vocoder_config` is None), so it makes no waveform.")
-    seed = _SpeechOptions.take({**generate_kwargs, "seed": seed}, model.generation_config).seed
+    seed = _SpeechOptions.take({**generate_kwargs, "seed": seed}).seeds(1)[0]
     kept: tuple[str, torch.Tensor] | None = None  # what is said in the voice, and its frames (frames, num_mel_bins)
     if voice is not None or voice_text is not None:
         request = processor.apply_speech_request(sentences[0], voice=voice, voice_text=voice_text)

@@ -59,6 +59,7 @@ class MelLLMVocoder(SafetensorsOnlyMixin, PreTrainedModel):
     config_class = MelLLMVocoderConfig
     base_model_prefix = "vocoder"
     main_input_name = "spectrogram"
+    _keep_in_fp32_modules_strict = ("normalizer",)
     # There is no attention in here; the larger model's is passed down to its parts and must not be refused
     _supports_sdpa = True
     _supports_flash_attn = True

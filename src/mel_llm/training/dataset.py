@@ -122,13 +122,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def _behind_another(self, example: dict[str, Any], row: dict[str, Any], index: int) -> dict[str, Any]:
         """By chance, another clip of the speaker in front, in sound and text."""
-        others = self.of_speaker.get(row.get("speaker"), ())
-        random = np.random.default_rng(example["augment_seed"])
-        chance, place = random.random(), int(random.integers(max(1, len(others))))
-        if chance >= self.voice_pairs or len(others) < 2:
-            return example
-        other = others[place] if others[place] != index else others[(place + 1) % len(others)]
-        if self._bad[other]:
+        other = self._partner(row.get("speaker"), index, example["augment_seed"])
+        if other is None or self._bad[other]:
             return example
         before = self.data[other]
         try:
@@ -139,6 +134,28 @@ class SpeechDataset(torch.utils.data.Dataset):
             return example
         text = f"{before['text'].strip()} {example['text'].strip()}"
         return {**example, "audio": np.concatenate([audio, example["audio"]]), "text": text}
+
+    def _partner(self, speaker: str | None, index: int, augment_seed: int) -> int | None:
+        others = self.of_speaker.get(speaker, ())
+        random = np.random.default_rng(augment_seed)
+        chance, place = random.random(), int(random.integers(max(1, len(others))))
+        if chance >= self.voice_pairs or len(others) < 2:
+            return None
+        return others[place] if others[place] != index else others[(place + 1) % len(others)]
+
+    def epoch_lengths(self, lengths: Sequence[float], epoch: int) -> Sequence[float]:
+        """Seconds of each example in an epoch, of the clips' own: more where another clip goes before it."""
+        if not self.of_speaker:
+            return lengths
+        tasks = self.data["task"] if "task" in self.data.column_names else [None] * len(self)
+        longer = list(lengths)
+        for index, (speaker, task) in enumerate(zip(self.data["speaker"], tasks, strict=True)):
+            if task not in (None, "tts"):
+                continue
+            other = self._partner(speaker, index, example_seed(self.seed, epoch, index))
+            if other is not None and lengths[index] + lengths[other] <= self.max_seconds:
+                longer[index] += lengths[other]
+        return longer
 
     @property
     def num_bad_clips(self) -> int:

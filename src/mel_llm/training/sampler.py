@@ -1,6 +1,6 @@
 """In which order an epoch visits the clips: mixed by weight, similar lengths together, one kind to a batch."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ class SpeechSampler(torch.utils.data.Sampler[tuple[int, int]]):
         kinds (`Sequence`, *optional*): What each source is, such as its task. The clips of a batch are then of one kind;
             the last batch of each kind is filled up with clips that have been in the epoch already.
         by_length (`bool`, defaults to `True`): `False` groups by kind alone.
+        epoch_lengths (*optional*): Called with `lengths` and the epoch; the seconds of each example in it, where they
+            differ from the clips': [`SpeechDataset.epoch_lengths`].
 
     Raises:
         ValueError: Sizes, weights or kinds do not fit together, or there are kinds and no `batch_size`.
@@ -39,8 +41,10 @@ class SpeechSampler(torch.utils.data.Sampler[tuple[int, int]]):
         seed: int = 0,
         kinds: Sequence[Hashable] | None = None,
         by_length: bool = True,
+        epoch_lengths: Callable[[Sequence[float], int], Sequence[float]] | None = None,
     ):
-        self.lengths = np.asarray(lengths, dtype=np.float64)
+        self.lengths = self.clip_lengths = np.asarray(lengths, dtype=np.float64)
+        self.epoch_lengths = epoch_lengths
         self.sizes = [len(self.lengths)] if sizes is None else list(sizes)
         if sum(self.sizes) != len(self.lengths):
             raise ValueError(f"`sizes` add up to {sum(self.sizes)}, but there are {len(self.lengths)} `lengths`.")
@@ -71,6 +75,8 @@ class SpeechSampler(torch.utils.data.Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         random = np.random.default_rng([self.seed, self.epoch])
+        if self.epoch_lengths is not None:
+            self.lengths = np.asarray(self.epoch_lengths(self.clip_lengths, self.epoch), dtype=np.float64)
         order = random.permutation(self._draw())
         if self.num_kinds > 1:
             order = self._separate(order, random)

@@ -3,18 +3,20 @@ what it trained is saved and pushed as a whole."""
 
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.utils import logging
 
 from ..model_card import CARD, create_model_card
+from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
 from ..modeling_mel_llm_speech import MelLLMSpeechOutput
 from ..sharing_mel_llm import WEIGHT_FILES, prepare_repo, push_folder
+from ..speech_heads_mel_llm import MelLLMSpeechHead
 from .collator import TaskCollator
 from .dataset import SpeechDataset
 from .lora import count_parameters
@@ -33,6 +35,24 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class _CountUpdates(TrainerCallback):
+    """Tells the speech head of each update: it sees forward passes, of which gradient accumulation makes several."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.heads = [module for module in model.modules() if isinstance(module, MelLLMSpeechHead)]
+        for head in self.heads:
+            head.counts_passes, head.num_passes = False, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for head in self.heads:
+            head.num_updates += int(head.num_passes > 0)  # none where all batches were to be read
+            head.num_passes = 0
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for head in self.heads:
+            head.counts_passes = True
 
 
 class SpeechTrainer(Seq2SeqTrainer):
@@ -56,6 +76,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.ctc_only_steps = ctc_only_steps
         self.train_sampler = train_sampler
         self._terms = _Means()
+        self.add_callback(_CountUpdates())
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
 
@@ -70,15 +91,16 @@ class SpeechTrainer(Seq2SeqTrainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
+        if self.ctc_only_steps and model.training:
+            for module in model.modules():
+                if isinstance(module, MelLLMForSpeechSeq2Seq):
+                    module.text_loss_weight = float(self.state.global_step >= self.ctc_only_steps)
+        weight = _weight(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            ctc_loss = outputs.get("ctc_loss")
-            if ctc_loss is not None and self.state.global_step < self.ctc_only_steps:
-                config = self.accelerator.unwrap_model(self.model).config
-                loss = config.audio_config.ctc_weight * ctc_loss
-            self._terms.add(_terms_of(outputs))
+            self._terms.add(_terms_of(outputs), weight)
             if isinstance(self.data_collator, TaskCollator) and not _is_spoken(inputs):
-                self._terms.add({"asr_loss": loss.detach()})
+                self._terms.add({"asr_loss": loss.detach()}, weight)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
@@ -93,12 +115,14 @@ class SpeechTrainer(Seq2SeqTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         terms = _Means()
         # The stock trainer keeps nothing but the loss
-        hook = self.model.register_forward_hook(lambda module, inputs, outputs: terms.add(_terms_of(outputs)))
+        hook = self.model.register_forward_hook(
+            lambda module, args, kwargs, outputs: terms.add(_terms_of(outputs), _weight(kwargs)), with_kwargs=True
+        )
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             hook.remove()
-        for name, value in terms.take().items():
+        for name, value in terms.take(self.args.world_size).items():
             # `eval_tts_kl` also where the clips to be spoken are a dataset of their own, "eval_tts"
             task, _, term = name.partition("_")
             prefix = metric_key_prefix if metric_key_prefix.endswith(f"_{task}") else f"{metric_key_prefix}_{task}"
@@ -113,7 +137,7 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._terms.take()}
+            logs = {**logs, **self._terms.take(self.args.world_size)}
         if isinstance(self.train_dataset, SpeechDataset) and self.train_dataset.num_bad_clips:
             logs = {**logs, "bad_clips": self.train_dataset.num_bad_clips}
         super().log(logs, *args, **kwargs)
@@ -191,23 +215,30 @@ def _terms_of(outputs) -> dict[str, torch.Tensor]:
     return {f"{task}_{name}": value for name, value in (terms or {}).items()}
 
 
+def _weight(inputs: dict[str, Any]) -> torch.Tensor | int:
+    """What a batch counts in means over batches: its tokens, or its frames, as in the losses themselves."""
+    return (inputs["labels"] != -100).sum() if inputs.get("labels") is not None else 1
+
+
 class _Means:
-    """Running means by name, which wait for the device only when they are taken."""
+    """Weighted means by name, which wait for the device, and for other processes, only when they are taken."""
 
     def __init__(self):
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: Counter[str] = Counter()
+        self.sums: dict[str, tuple] = {}  # of values, of weights
 
-    def add(self, values: dict[str, torch.Tensor]) -> None:
+    def add(self, values: dict[str, torch.Tensor], weight: torch.Tensor | int) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
-            self.counts[name] += 1
+            total, weights = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value.detach() * weight, weights + weight)
 
-    def take(self) -> dict[str, float]:
-        """The means since the last time."""
-        means = {name: round(value.item() / self.counts[name], 6) for name, value in self.sums.items()}
-        self.sums, self.counts = {}, Counter()
-        return means
+    def take(self, world_size: int) -> dict[str, float]:
+        """The means since the last time; all processes must ask."""
+        mine = {name: (float(total), float(weights)) for name, (total, weights) in self.sums.items()}
+        self.sums = {}
+        parts = gather_object([mine]) if world_size > 1 else [mine]
+        names = dict.fromkeys(name for part in parts for name in part)
+        pairs = {name: [part[name] for part in parts if name in part] for name in names}
+        return {name: round(sum(t for t, _ in pair) / sum(w for _, w in pair), 6) for name, pair in pairs.items()}
 
 
 # All that a saved model or adapter may consist of
