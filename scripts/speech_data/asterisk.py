@@ -178,7 +178,7 @@ def clean_text(text: str, language: str) -> str:
     text = re.sub(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>", " ", text)
     text = re.sub(r"\.{3,}|…", " ", text)
     text = re.sub("[«»“”]", "", text)
-    if text.count('"') % 2:  # one end of a quotation that has no other
+    if language != "en" or text.count('"') % 2:  # one end of a quotation that has no other
         text = text.replace('"', "")
     if language == "en":
         for wrong, right in _ENGLISH_CORRECTIONS.items():

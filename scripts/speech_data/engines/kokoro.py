@@ -1,6 +1,7 @@
 """Kokoro-82M: the most natural engine here, and the slowest."""
 
 import importlib
+import logging
 import tempfile
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class KokoroEngine(SpeechEngine):
     def _load(self):
         from kokoro_onnx import Kokoro
 
+        logging.getLogger("phonemizer").setLevel(logging.ERROR)  # it counts words in every text, and warns
         with tempfile.TemporaryDirectory() as folder:
             model = self.model
             if model is None:
