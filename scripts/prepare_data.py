@@ -85,12 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_real(arguments: argparse.Namespace) -> int:
-    for language in arguments.languages:  # before any work
-        target = arguments.output_dir / f"asterisk-{language}"
-        if target.exists():
-            raise FileExistsError(f"{target} exists already. Remove it, or give another --output_dir.")
     decode = find_g722_decoder()
     for language in arguments.languages:
+        target = arguments.output_dir / f"asterisk-{language}"
+        if target.exists():  # a corpus appears whole, so there is nothing to go on with
+            logger.info(f"{target} is there already and stays as it is.")
+            continue
         prepare_asterisk(language, arguments.output_dir, decode, arguments.debs, f".{arguments.format}")
     return 0
 

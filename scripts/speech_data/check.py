@@ -59,7 +59,7 @@ def find_corpora(folder: Path) -> list[Path]:
 def check_corpus(folder: Path) -> list[SplitReport]:
     """One report for each split of a corpus; the faults that concern all are with the first.
 
-    Every file is decoded, so this takes a second or so for each hour of FLAC.
+    Every file is decoded, which takes some seconds for each hour.
 
     Raises:
         ValueError: A `metadata.csv` cannot be read.

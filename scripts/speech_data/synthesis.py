@@ -6,9 +6,11 @@ kept in the order of their numbers, so that neither the number of processes nor 
 
 import json
 import logging
+import signal
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -122,7 +124,8 @@ class PlannedClip:
 
 @dataclass(frozen=True)
 class SynthesisPlan:
-    """Every voice speaks as often as every other, and every sentence is spoken before one is spoken again.
+    """Every voice speaks as often as every other, every sentence is spoken before one is spoken again, and no voice says
+    one twice.
 
     Args:
         sentences, voices: What is said, and by whom.
@@ -146,20 +149,21 @@ class SynthesisPlan:
     def __getitem__(self, index: int) -> PlannedClip:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        turn, voice = divmod(index, len(self.voices))
-        time, sentence = divmod(index, len(self.sentences))
+        # The voices take turns; each time through the sentences they begin one later, and so with a sentence that is new
+        # to them
+        time, place = divmod(index, len(self.sentences))
         share = np.random.default_rng([self.seed, 2, index]).random()
         return PlannedClip(
             index,
-            self.sentences[_order(self.seed, 0, time, len(self.sentences))[sentence]],
-            self.voices[_order(self.seed, 1, turn, len(self.voices))[voice]],
+            self.sentences[_order(self.seed, 0, len(self.sentences))[place]],
+            self.voices[_order(self.seed, 1, len(self.voices))[(place + time) % len(self.voices)]],
             round(self.min_speed + share * (self.max_speed - self.min_speed), 3),
         )
 
 
 @lru_cache(maxsize=8)
-def _order(seed: int, kind: int, number: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, kind, number]).permutation(size)
+def _order(seed: int, kind: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, kind]).permutation(size)
 
 
 # --- one clip, in the process that makes it -----------------------------------------------------------------------------
@@ -182,6 +186,10 @@ def _speak(clip: PlannedClip, options: EngineOptions) -> tuple[np.ndarray | None
     return (None, fault) if fault else (np.clip(audio, -1.0, 1.0), None)
 
 
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def _speakers(engines: dict[str, SpeechEngine], options: EngineOptions, workers: int) -> Iterator:
     """A function that has a clip made and returns a `Future`."""
@@ -198,9 +206,11 @@ def _speakers(engines: dict[str, SpeechEngine], options: EngineOptions, workers:
         _engines.clear()
         return
     # Not forked: engines have threads
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
     try:
         yield lambda clip: pool.submit(_speak, clip, options)
+    except BrokenProcessPool:
+        raise OSError("A process that speaks died, perhaps for want of memory. Try fewer --workers.") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
