@@ -22,7 +22,7 @@ def find_g722_decoder() -> Callable[[bytes], np.ndarray]:
     Raises:
         ImportError: There is none; says what to install.
     """
-    # A program that is started for every prompt takes sixty times as long as a library
+    # A program that is started for every prompt takes many times as long as a library
     for module, decode in (("av", _decode_with_av), ("G722", _decode_with_g722)):
         try:
             importlib.import_module(module)
