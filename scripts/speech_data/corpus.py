@@ -1,0 +1,73 @@
+"""A corpus as it lies on disk: `SPLIT/metadata.csv` beside the clips, in the form of `audiofolder` datasets."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+
+COLUMNS = ("file_name", "text", "speaker", "language", "duration", "source")
+METADATA = "metadata.csv"
+SPLITS = ("train", "validation", "test")
+SAMPLING_RATE = 16000
+
+# How libsndfile is told to write each ending
+_FORMATS = {".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "OPUS"), ".wav": ("WAV", "PCM_16")}
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    os.replace(partial, path)
+
+
+def write_clip(path: Path, audio: np.ndarray) -> None:
+    """The same for a waveform `(samples,)` at 16 kHz, int16 or float, as FLAC, Ogg/Opus or WAV by its ending."""
+    import soundfile
+
+    kind, subtype = _FORMATS[path.suffix]
+    partial = path.with_name(f".partial-{path.name}")
+    soundfile.write(partial, audio, SAMPLING_RATE, format=kind, subtype=subtype)
+    os.replace(partial, path)
+
+
+def write_metadata(folder: Path, rows: Iterable[dict]) -> None:
+    """`metadata.csv` of one split, whole or not at all. A row has the [`COLUMNS`]; `duration` is in seconds."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "duration": f"{float(row['duration']):.3f}"} for row in rows)
+    write_whole(folder / METADATA, text.getvalue())
+
+
+def read_metadata(folder: Path) -> list[dict[str, str]]:
+    """The rows of one split.
+
+    Raises:
+        ValueError: It is no table with a `file_name` and a `text`.
+    """
+    path = folder / METADATA
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table in UTF-8: {error}") from None
+    if rows and not {"file_name", "text"} <= rows[0].keys():
+        raise ValueError(f"{path} needs the columns file_name and text, it has {', '.join(map(str, rows[0]))}.")
+    return rows
+
+
+__all__ = [
+    "COLUMNS",
+    "METADATA",
+    "SAMPLING_RATE",
+    "SPLITS",
+    "read_metadata",
+    "write_clip",
+    "write_metadata",
+    "write_whole",
+]
