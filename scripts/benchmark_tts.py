@@ -138,7 +138,7 @@ def build(plan: Plan, clips: list[dict], reduction_factor: int, vocoder: str | N
         tokenizer,
         audio_config={**shape["audio"], "reduction_factor": reduction_factor},
         feature_extractor=extractor,
-        speech_config=MelLLMSpeechConfig.from_preset("small", max_silence_seconds=1e6),
+        speech_config=MelLLMSpeechConfig.from_preset("small", max_silence_seconds=86400.0),
         vocoder_config=None if vocoder is None else make_vocoder_config(vocoder, extractor),
     )
     features = [processor(audio=clip["audio"])["input_features"][0] for clip in clips[:4]]
