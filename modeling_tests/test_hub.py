@@ -220,6 +220,30 @@ def test_an_upload_that_breaks_off_changes_nothing(hub, client, method, path, ho
     assert client('result = total(load("alice/broken")) / total(model)') == pytest.approx(factor)
 
 
+def test_a_lost_answer_is_told_from_a_lost_commit(hub, client):
+    client('model.push_to_hub("alice/lost")')
+    hub.break_next("POST", "/commit/", cut_after=5)  # of the answer, when the commit is made
+    with pytest.raises(ClientError, match="has a new commit"):
+        client('scaled(3.0).push_to_hub("alice/lost")')
+    assert client('result = total(load("alice/lost")) / total(model)') == pytest.approx(3.0)
+    hub.break_next("POST", "/commit/", cut_after=0)
+    with pytest.raises(ClientError, match="is as it was"):
+        client('scaled(4.0).push_to_hub("alice/lost")')
+    with pytest.raises(ClientError, match="no folder '/nonexistent'"):
+        client('from mel_llm.sharing_mel_llm import push_folder; push_folder("/nonexistent", "alice/lost")')
+
+
+def test_another_tokenizers_files_do_not_stay(hub, client):
+    old = {"special_tokens_map.json": b'{"eos_token": "<old>"}', "added_tokens.json": b'{"<old>": 290}'}
+    hub.put("alice/mix", {**old, "vocab.json": b"{}", "notes.txt": b"mine"})
+    client('model.push_to_hub("alice/mix"); processor.push_to_hub("alice/mix")')
+    assert not {*old, "vocab.json"} & hub.files("alice/mix").keys()
+    assert {"notes.txt", "config.json", "tokenizer.json", "processor_config.json"} <= hub.files("alice/mix").keys()
+    script = "pulled = AutoProcessor.from_pretrained('alice/mix', cache_dir=fresh()).tokenizer\n"
+    script += "result = [pulled.eos_token, len(pulled)] == [processor.tokenizer.eos_token, len(processor.tokenizer)]"
+    assert client(script)
+
+
 def test_what_was_uploaded_whole_is_not_sent_again(hub, client):
     hub.break_next("POST", "/commit/", status=503)
     with pytest.raises(ClientError):

@@ -120,7 +120,7 @@ def response(status: int) -> httpx.Response:
         (HfHubHTTPError("no", response=response(401)), "hf auth login"),
         (HfHubHTTPError("no", response=response(403)), "may not write to 'ada/my-model'"),
         (HfHubHTTPError("teapot", response=response(418)), "teapot Push again"),
-        (httpx.ConnectError("[Errno -2] Name or service not known"), "nothing was committed: ConnectError"),
+        (httpx.ConnectError("[Errno -2] Name or service not known"), "ConnectError: .Errno -2. Name or service"),
         (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
         (ValueError('Invalid metadata in README.md.\n- "license" must be one of ...'), "Invalid metadata"),
     ],

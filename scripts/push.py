@@ -26,7 +26,7 @@ import mel_llm
 from mel_llm import export_remote_code
 from mel_llm.model_card import CARD
 from mel_llm.publishing import MAX_FILE_BYTES, file_problems, repository_files, try_model, try_remote_code
-from mel_llm.sharing_mel_llm import WEIGHT_FILES, prepare_repo, push_folder
+from mel_llm.sharing_mel_llm import PROCESSOR_FILES, WEIGHT_FILES, prepare_repo, push_folder
 
 
 RECORDING = Path(__file__).resolve().parents[1] / "demo_clips" / "en_hello-world.flac"
@@ -91,14 +91,14 @@ def upload(folder: Path, arguments: argparse.Namespace) -> str:
             revision=arguments.revision,
             commit_message=arguments.message or f"Upload {folder.resolve().name} (mel_llm {mel_llm.__version__})",
             ignore_patterns=[".*", "*/.*"],
-            delete_patterns=list(WEIGHT_FILES),
+            delete_patterns=[*WEIGHT_FILES, *PROCESSOR_FILES],
         )
     except OfflineModeIsEnabled:
         raise Refused("HF_HUB_OFFLINE is set: unset it to upload.") from None
     except Exception as error:  # the Hub refuses, or whatever the HTTP client of the day raises; a bug says its kind
         reason = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, HfHubHTTPError | ValueError | ConnectionError) else f"{type(error).__name__}: "
-        raise Refused(f"{constants.ENDPOINT}: nothing was committed: {kind}{reason}") from error
+        raise Refused(f"{constants.ENDPOINT}: {kind}{reason}") from error
     tell_leftovers(HfApi(), repo_id, folder, arguments.revision)
     return getattr(commit, "commit_url", None) or f"{constants.ENDPOINT}/{repo_id}"
 

@@ -17,7 +17,7 @@ from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 from .audio_utils_mel_llm import load_audio, to_mono_float
-from .sharing_mel_llm import MelLLMSharingMixin
+from .sharing_mel_llm import PROCESSOR_FILES, MelLLMSharingMixin
 
 
 logger = logging.get_logger(__name__)
@@ -107,6 +107,8 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
         ValueError: `audio_token` is not a token of the tokenizer, `reduction_factor` is not a positive integer, or a text
             is not a string.
     """
+
+    _replaced_files = PROCESSOR_FILES
 
     valid_processor_kwargs = ProcessingKwargs
 

@@ -42,6 +42,13 @@ WEIGHT_FILES = (
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
 )
 
+# The same for a processor: what transformers 4 wrote, or another tokenizer has, would be read with what is new
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+
 
 def _code_files() -> list[Path]:
     """The files that remote code consists of: this one and all that it reaches by relative imports."""
@@ -116,8 +123,8 @@ class MelLLMSharingMixin:
     ):
         """Uploads this to the Hub in one commit, as in transformers; see [`push_folder`] for the other arguments.
 
-        Weights that the repository has of another model (one file where there are shards now, an adapter) go with the
-        same commit.
+        Weights that the repository has of another model (one file where there are shards now, an adapter), or files of
+        another tokenizer, go with the same commit.
 
         Args:
             repo_id (`str`): `"user/name"`, or `"name"` for one of your own. It is created if it does not exist.
@@ -174,7 +181,7 @@ def _check_shard_names(folder: Any, subfolder: str) -> None:
     """transformers joins them to the folder's name as they are. (Of a repository on the Hub, nothing else can be had.)"""
     if not isinstance(folder, str | os.PathLike) or not os.path.isdir(folder):
         return
-    for path in Path(folder, subfolder).glob("*.index.json"):
+    for path in Path(folder, subfolder).glob("*.index*.json"):  # a `variant` stands in the middle
         try:
             names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, LookupError, AttributeError, TypeError) as error:
@@ -261,14 +268,19 @@ def push_folder(
 
     Raises:
         HfHubHTTPError: The Hub refuses; the message says what to do.
-        ConnectionError: The upload broke off. Nothing was committed.
+        ConnectionError: The upload broke off. The message says whether anything was committed.
+        NotADirectoryError: There is no such folder.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(f"`folder`: there is no folder {os.fspath(folder)!r}.")
+    api = HfApi(token=token)
+    before = _head(api, repo_id, revision)
     try:
         with _explained(repo_id):
-            return HfApi(token=token).upload_folder(
+            return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 revision=revision,
@@ -278,17 +290,30 @@ def push_folder(
                 delete_patterns=delete_patterns or None,
                 ignore_patterns=ignore_patterns,
             )
-    except HfHubHTTPError:
+    except (HfHubHTTPError, ValueError, TypeError):  # refused, by the Hub or before anything was sent
         raise
     except Exception as error:  # of the HTTP library, which has changed names between versions of huggingface_hub
         causes = [error]
         while (cause := causes[-1].__cause__) is not None:
             causes.append(cause)
         reason = " ".join(str(cause) for cause in causes)
-        raise ConnectionError(
-            f"The upload to {repo_id!r} broke off, and the repository is as it was: {reason} Push again; what was "
-            "uploaded whole is not sent twice."
-        ) from error
+        after = _head(api, repo_id, revision)
+        again = "Push again; what was uploaded whole is not sent twice."
+        if before is None or after is None or create_pr:
+            state = f"and whether the repository has it is not known: {reason} Look there, or push again."
+        elif after == before:
+            state = f"and the repository is as it was: {reason} {again}"
+        else:
+            state = f"but the repository has a new commit, {after[:7]}: {reason} If it is not this one: {again}"
+        raise ConnectionError(f"The upload to {repo_id!r} broke off, {state}") from error
+
+
+def _head(api, repo_id: str, revision: str | None) -> str | None:
+    """The commit that the branch is at; `None` if nobody says."""
+    try:
+        return api.repo_info(repo_id, revision=revision).sha
+    except Exception:  # this is for a message only
+        return None
 
 
 # --- remote code ----------------------------------------------------------------------------------------------------

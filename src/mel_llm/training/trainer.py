@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..model_card import CARD, create_model_card
 from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
 from ..modeling_mel_llm_speech import MelLLMSpeechOutput
-from ..sharing_mel_llm import WEIGHT_FILES, prepare_repo, push_folder
+from ..sharing_mel_llm import PROCESSOR_FILES, WEIGHT_FILES, prepare_repo, push_folder
 from ..speech_heads_mel_llm import MelLLMSpeechHead
 from .collator import TaskCollator
 from .dataset import SpeechDataset
@@ -311,7 +311,7 @@ def push_whole(folder: str | os.PathLike, args: TrainingArguments) -> None:
         token=args.hub_token,
         revision=args.hub_revision,
         commit_message="End of training",
-        delete_patterns=[*WEIGHT_FILES, "base/*", "training_args.bin"],
+        delete_patterns=[*WEIGHT_FILES, *PROCESSOR_FILES, "base/*", "training_args.bin"],
         ignore_patterns=list(_RUN_FILES),
     )
 
