@@ -141,6 +141,9 @@ def build(plan: Plan, clips: list[dict], reduction_factor: int, vocoder: str | N
         speech_config=MelLLMSpeechConfig.from_preset("small", max_silence_seconds=86400.0),
         vocoder_config=None if vocoder is None else make_vocoder_config(vocoder, extractor),
     )
+    model.to(plan.dtype)
+    if model.vocoder is not None:
+        model.vocoder.float()
     features = [processor(audio=clip["audio"])["input_features"][0] for clip in clips[:4]]
     model.model.set_feature_statistics(*compute_feature_statistics(features))
     return model.eval(), processor
@@ -541,6 +544,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, help="where benchmarks_tts.json and .md go (default: docs/)")
     parser.add_argument("--only", choices=SECTIONS, help="run one section; needs --output-dir")
     parser.add_argument("--seed", type=int, default=0, help="of weights and speech")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of models; vocoders: float32"
+    )
     parser.add_argument("--quick", action="store_true", help="hardly any work, for the tests; needs --output-dir")
     parser.add_argument("--memory-case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -551,7 +557,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     torch.set_num_threads(options.threads)
-    fields = {"threads": options.threads, "rounds": options.repeats, "seed": options.seed}
+    fields = {
+        "threads": options.threads,
+        "rounds": options.repeats,
+        "seed": options.seed,
+        "dtype": getattr(torch, options.dtype),
+    }
     return Plan.quick(**fields) if options.quick else Plan(**fields)
 
 
