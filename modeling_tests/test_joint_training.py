@@ -3,12 +3,13 @@
 import csv
 import json
 import logging
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import ROOT, build_tiny
 from test_train_script import SCRATCH, folder, losses, script, train, words  # noqa: F401  (fixtures among them)
 from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor, pipeline
 from transformers.utils import logging as transformers_logging
@@ -319,6 +320,14 @@ def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message,
     with pytest.raises(SystemExit):
         script.parse_arguments(words(folder, tmp_path, *arguments))
     assert message in capsys.readouterr().err
+
+
+def test_the_recipe_is_understood(script, folder, tmp_path):  # noqa: F811
+    recipe = ROOT / "scripts" / "recipes" / "mel-llm-small-en"
+    arguments = [f"{recipe}.yaml", "--train_data", folder, "--output_dir", str(tmp_path), "--use_cpu"]
+    _, data, training = script.parse_arguments(arguments)
+    assert data.tasks == ["asr", "tts"] and data.conditions and training.max_steps > training.ctc_only_steps > 0
+    subprocess.run(["bash", "-n", f"{recipe}.sh"], check=True)
 
 
 @pytest.fixture(scope="module")
