@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import importlib
 import io
@@ -31,9 +32,10 @@ from mel_llm.synthesis_mel_llm import iter_speech
 
 
 openai = pytest.importorskip("openai", reason="needs the extra `serve`: openai is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`: uvicorn is not installed")
+pytest.importorskip("uvicorn", reason="needs the extra `serve`: uvicorn is not installed")
 pytest.importorskip("fastapi", reason="needs the extra `serve`: fastapi is not installed")
 speech = importlib.import_module("mel_llm.serving.speech")
+http_server = importlib.import_module("mel_llm.serving.http_server")
 
 
 # --- formats ------------------------------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def loaded(monkeypatch):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+        server = http_server.make_server(app, "error", host="127.0.0.1", port=port)
         thread = threading.Thread(target=server.run)
         thread.start()
         servers.append((server, thread, speaker))
@@ -375,6 +377,83 @@ def test_a_client_that_takes_nothing_is_dropped(loaded):
         lazy.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(speaker.started.is_set)
         wait_until(lambda: worker._num_held == 0)
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Waits for the other side to close."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_silent_connections_shut_nobody_out(loaded, monkeypatch):
+    monkeypatch.setattr(http_server.Protocol, "max_connections", 20)
+    speaker = Speaker(seconds=1)
+    speaker.gate.set()
+    address, _ = loaded(speaker)
+    with contextlib.ExitStack() as stack:
+        for number in range(60):  # some say nothing, some begin
+            silent = stack.enter_context(connect(address))
+            silent.sendall(b"GET /health HTTP/1.1\r\nHo"[: 24 * (number % 2)])
+        assert ask(address) == 44 + 32000
+
+
+def test_connections_without_a_request_are_closed(loaded, monkeypatch):
+    monkeypatch.setattr(http_server.Protocol, "request_seconds", 0.5)
+    speaker = Speaker(seconds=1)
+    address, _ = loaded(speaker)
+    head = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    with connect(address) as silent, connect(address) as slow, connect(address) as second:
+        second.sendall(head + b"\r\n")
+        assert b" 200 OK" in second.recv(4096)
+        second.sendall(head)  # and never its end
+        with contextlib.suppress(ConnectionError):
+            for number in range(200):  # a byte now and then does not keep it open
+                slow.sendall(head[number : number + 1] or b"x")
+                time.sleep(0.01)
+            pytest.fail("two seconds were accepted")
+        assert is_closed(silent) and is_closed(second)
+        pending = concurrent.futures.ThreadPoolExecutor(1).submit(ask, address)
+        wait_until(speaker.started.is_set)
+        time.sleep(0.8)  # who waits for an answer is not silent
+        speaker.gate.set()
+        assert pending.result() == 44 + 32000
+
+
+def test_where_all_connections_are_busy_the_next_is_refused(loaded, monkeypatch):
+    monkeypatch.setattr(http_server.Protocol, "max_connections", 1)
+    speaker = Speaker(seconds=1)
+    address, _ = loaded(speaker)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, address)
+        wait_until(speaker.started.is_set)
+        with pytest.raises(openai.InternalServerError, match="too many connections") as caught:
+            ask(address)
+        assert caught.value.status_code == 503 and caught.value.body["type"] == "server_error"
+        speaker.gate.set()
+        assert first.result() == 44 + 32000
+
+
+def test_endless_headers_are_refused(loaded):
+    address, _ = loaded(Speaker())
+    with connect(address) as endless:
+        answer = b""
+        with contextlib.suppress(ConnectionError):  # what was left unread resets the connection
+            endless.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 10000)  # 80 kB, and no end
+        with contextlib.suppress(ConnectionError):
+            while data := endless.recv(4096):
+                answer += data
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["type"] == "invalid_request_error"
+    with connect(address) as endless, pytest.raises(ConnectionError):
+        for _ in range(200):  # 13 MB, more than sockets hold
+            endless.sendall(b"X-A: b\r\n" * 8192)
 
 
 def test_failures_are_told_and_survived(loaded):

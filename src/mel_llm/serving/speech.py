@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +24,7 @@ from starlette.exceptions import HTTPException
 from ..audio_utils_mel_llm import load_audio
 from ..synthesis_mel_llm import iter_speech
 from .audio_encoding import FORMATS, AudioEncoder, check_format
+from .http_server import error_body, make_server
 
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,9 @@ class SpeechError(Exception):
     def response(self) -> JSONResponse:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         headers = {"Retry-After": "2"} if self.status in (429, 503) else None
-        return JSONResponse({"error": error}, status_code=self.status, headers=headers)
+        content = error_body(str(self), kind, self.param, self.code)
+        return JSONResponse(content, status_code=self.status, headers=headers)
 
 
 class _Cancelled(Exception):
@@ -472,19 +472,10 @@ async def _read_body(request: Request) -> bytes:
         raise SpeechError(408, f"The request did not come within {_BODY_SECONDS:g} seconds.") from None
 
 
-class _Server(uvicorn.Server):
-    async def shutdown(self, sockets=None) -> None:
-        self.config.app.state.worker.drain()  # those that wait are told at once
-        await super().shutdown(sockets)
-
-
 def run(app: FastAPI, sockets: list, log_level: str = "info", shutdown_seconds: int = 10) -> None:
     """Serves on `sockets`, which are bound, until SIGTERM or Ctrl-C. What is being spoken then has `shutdown_seconds`."""
-    config = uvicorn.Config(
-        app, log_level=log_level, timeout_graceful_shutdown=shutdown_seconds, limit_concurrency=512, lifespan="on"
-    )
     try:
-        _Server(config).run(sockets=sockets)
+        make_server(app, log_level, shutdown_seconds).run(sockets=sockets)
     except KeyboardInterrupt:  # which uvicorn raises again when all is done
         pass
     finally:
