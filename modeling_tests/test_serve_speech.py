@@ -178,15 +178,30 @@ def test_wrong_requests_are_told_so(client, change, status, words):
     assert caught.value.body["type"] == "invalid_request_error"
 
 
+def post(address: str, body: bytes, **headers: str | None) -> tuple[int, dict]:
+    """Status and error of a request that is refused. Underscores in the headers' names are hyphens."""
+    merged = {"Authorization": "Bearer secret", "Content_Type": "application/json", **headers}
+    named = {name.replace("_", "-"): value for name, value in merged.items()}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/v1/audio/speech", data=body, headers=named))
+    return caught.value.code, json.load(caught.value)["error"]
+
+
+def test_what_a_foreign_page_can_make_a_browser_send_is_refused(server):
+    body = json.dumps({"model": "mel", "input": "Yes."}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "", "text/plain; application/json"):
+        status, error = post(server[0], body, Content_Type=kind)
+        assert status == 415 and "application/json" in error["message"]
+    for host in ("evil.example", "evil.example:8000", "", "[", "localhost.evil.example"):
+        status, error = post(server[0], body, Host=host)
+        assert status == 400 and error["code"] == "wrong_host"
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
+        urllib.request.urlopen(urllib.request.Request(f"{server[0]}/health", headers={"Host": host})).close()
+
+
 def test_bodies_that_are_none(server, client):
     for body, status in ((b"", 400), (b"{", 400), (b"[1]", 400), (b'{"model": "\xff"}', 400), (b" " * (1 << 21), 413)):
-        request = urllib.request.Request(
-            f"{server[0]}/v1/audio/speech", data=body, headers={"Authorization": "Bearer secret"}
-        )
-        with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as caught:
-            urllib.request.urlopen(request)
-        if isinstance(caught.value, urllib.error.HTTPError):  # while it is still sending, it may see the end instead
-            assert caught.value.code == status and "error" in json.load(caught.value)
+        assert post(server[0], body)[0] == status
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     with pytest.raises(openai.NotFoundError):
@@ -374,9 +389,12 @@ def test_a_client_that_takes_nothing_is_dropped(loaded):
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.connect((host, int(port)))
         body = json.dumps({"model": "mel", "input": "Yes.", "response_format": "wav"}).encode()
-        lazy.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        lazy.sendall(HEAD % len(body) + body)
         wait_until(speaker.started.is_set)
         wait_until(lambda: worker._num_held == 0)
+
+
+HEAD = b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 def connect(address: str) -> socket.socket:
@@ -535,9 +553,39 @@ def test_the_command_fails_in_one_line_before_the_work(tiny_folder):
         ([], "speech_config"),  # a model that only reads
         (["--log-level", "loud"], "--log-level"),
         (["--dtype", "int3"], "--dtype"),
+        (["--api-key", ""], "API key is empty"),
+        (["--api-key", "  "], "API key is empty"),
     ):
         result = CliRunner().invoke(app, ["serve-speech", tiny_folder, "--port", "0", *options])
         assert result.exit_code == 2 and words in result.stderr and result.stderr.startswith("mel-llm: ")
+
+
+def test_an_api_key_does_not_fail_open(tiny_folder, monkeypatch):
+    monkeypatch.setenv("MEL_LLM_API_KEY", "")  # as `MEL_LLM_API_KEY=$TYPO` does
+    result = CliRunner().invoke(app, ["serve-speech", tiny_folder, "--port", "0"])
+    assert result.exit_code == 2 and "API key is empty" in result.stderr
+    model = types.SimpleNamespace(vocoder=True)
+    with pytest.raises(ValueError, match="`api_key` is empty"):
+        speech.create_app(model, None, "mel", api_key="")
+
+
+@pytest.mark.parametrize(
+    ("options", "warned", "hosts"),
+    [
+        ([], False, {"localhost", "127.0.0.1", "::1"}),
+        (["--allowed-host", "Speech.example"], False, {"localhost", "127.0.0.1", "::1", "speech.example"}),
+        (["--host", "0.0.0.0"], True, None),
+        (["--host", "0.0.0.0", "--api-key", "secret"], False, None),
+    ],
+)
+def test_who_is_let_in(folder, monkeypatch, options, warned, hosts):
+    create, given = speech.create_app, []
+    monkeypatch.delenv("MEL_LLM_API_KEY", raising=False)
+    monkeypatch.setattr(speech, "create_app", lambda *args: given.append(args[-1]) or create(*args))
+    monkeypatch.setattr(speech, "run", lambda app, *args: app.state.worker.close())
+    result = CliRunner().invoke(app, ["serve-speech", folder, "--port", "0", "--device", "cpu", *options])
+    assert result.exit_code == 0 and ("there is no --api-key" in result.stderr) is warned
+    assert given == [None] if hosts is None else set(given[0]) == hosts
 
 
 def test_jobs_outlive_their_loop():

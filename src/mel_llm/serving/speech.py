@@ -12,8 +12,10 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import torch
 from fastapi import Depends, FastAPI, Request
@@ -336,6 +338,7 @@ def create_app(
     voices: dict[str, Voice] | None = None,
     limits: Limits | None = None,
     api_key: str | None = None,
+    allowed_hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The application: `/v1/audio/speech`, `/v1/audio/voices`, `/v1/models`, `/health`.
 
@@ -345,10 +348,15 @@ def create_app(
         voices (`dict[str, Voice]`, *optional*): Beside the one called "default", which is the model's own.
         limits ([`Limits`], *optional*): What it takes on.
         api_key (`str`, *optional*): What requests must bear.
+        allowed_hosts (`Collection[str]`, *optional*): Names that requests may call the server by (their `Host`); any by
+            default. A server on the loopback needs them: a page in a browser there may come from a host whose name was
+            made to mean 127.0.0.1 (DNS rebinding).
 
     Raises:
-        ValueError: The model makes no waveform, or a voice cannot be used with it.
+        ValueError: The model makes no waveform, a voice cannot be used with it, or the key is empty.
     """
+    if api_key is not None and not api_key.strip():
+        raise ValueError("`api_key` is empty: give a key, or None for a server that asks for none.")
     limits = limits or Limits()
     if getattr(model, "vocoder", None) is None:
         raise ValueError("This model has no vocoder (`config.vocoder_config` is None), so it makes no waveform.")
@@ -369,12 +377,18 @@ def create_app(
         yield
         await asyncio.to_thread(worker.close)
 
+    # Not starlette's TrustedHostMiddleware: it answers in plain text, and takes [::1] for "["
+    async def check_host(request: Request) -> None:
+        if allowed_hosts is not None and (name := _host_name(request)) not in allowed_hosts:
+            message = f"This server does not answer to the host {name!r}, but to {', '.join(allowed_hosts)}."
+            raise SpeechError(400, message, code="wrong_host")
+
     async def check_key(request: Request) -> None:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
             raise SpeechError(401, "The API key is missing or wrong.", code="invalid_api_key")
 
-    app = FastAPI(title="Mel-LLM speech", lifespan=lifespan)
+    app = FastAPI(title="Mel-LLM speech", lifespan=lifespan, dependencies=[Depends(check_host)])
     app.state.worker = worker
     guarded = [Depends(check_key)]
 
@@ -409,6 +423,9 @@ def create_app(
 
     @app.post("/v1/audio/speech", dependencies=guarded, openapi_extra={"requestBody": schema})
     async def speech(request: Request):
+        # Any page may let a browser send text/plain; for JSON the browser asks the server first
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise SpeechError(415, "The request must have the header Content-Type: application/json.")
         try:
             asked = SpeechRequest.model_validate_json(await _read_body(request))
         except ValidationError as error:
@@ -441,6 +458,13 @@ def create_app(
         return JSONResponse(status, status_code=200 if worker.is_open else 503)
 
     return app
+
+
+def _host_name(request: Request) -> str | None:
+    try:
+        return urlsplit(f"//{request.headers.get('Host', '')}").hostname
+    except ValueError:  # brackets that are not closed
+        return None
 
 
 def _text_problem(text: str, max_chars: int) -> str | None:
