@@ -276,20 +276,21 @@ def loaded(monkeypatch):
     """A server of stubs in a thread of this process: `start(speaker, limits...)` gives its address and its worker."""
     servers = []
 
-    def start(speaker: Speaker, **limits):
+    def start(speaker: Speaker, shutdown_seconds: int = 10, **limits):
         monkeypatch.setattr(speech, "iter_speech", speaker)
         model = types.SimpleNamespace(vocoder=True, config=types.SimpleNamespace(sampling_rate=16000))
         app = speech.create_app(model, None, "mel", limits=speech.Limits(**limits))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        server = http_server.make_server(app, "error", host="127.0.0.1", port=port)
+        server = http_server.make_server(app, None, shutdown_seconds, host="127.0.0.1", port=port, log_config=None)
         thread = threading.Thread(target=server.run)
         thread.start()
         servers.append((server, thread, speaker))
         wait_until(lambda: server.started)
         return f"http://127.0.0.1:{port}", app.state.worker
 
+    start.servers = servers
     yield start
     for server, thread, speaker in servers:
         speaker.gate.set()
@@ -472,6 +473,62 @@ def test_endless_headers_are_refused(loaded):
     with connect(address) as endless, pytest.raises(ConnectionError):
         for _ in range(200):  # 13 MB, more than sockets hold
             endless.sendall(b"X-A: b\r\n" * 8192)
+
+
+def test_clients_that_go_away_leave_no_traceback(loaded, caplog):
+    speaker = Speaker(seconds=1)
+    speaker.gate.set()
+    address, worker = loaded(speaker, max_queue=4)
+    body = json.dumps({"model": "mel", "input": "Yes."}).encode()
+    for number in range(60):  # after all of the request, or half of it
+        with connect(address) as leaving:
+            leaving.sendall(HEAD % len(body) + body[: len(body) // (1 + number % 2)])
+    wait_until(lambda: worker._num_held == 0)
+    assert ask(address) > 32000
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_bodies_that_do_not_come(loaded, monkeypatch):
+    monkeypatch.setattr(speech, "_BODY_SECONDS", 0.2)
+    address, _ = loaded(Speaker())
+    with connect(address) as half:
+        half.sendall(HEAD % 100 + b"{")
+        assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_the_end_of_the_server_does_not_wait_for_half_a_body(loaded, caplog):
+    speaker = Speaker(seconds=float("inf"))
+    speaker.gate.set()
+    address, _ = loaded(speaker, shutdown_seconds=1, max_seconds=1e6)
+    with connect(address) as half, connect(address) as spoken_to:
+        half.sendall(HEAD % 100 + b"{")
+        wait_until(lambda: len(loaded.servers[0][0].server_state.tasks) == 1)
+        loaded.servers[0][0].should_exit = True
+        answer = half.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"shutting_down" in answer and is_closed(half)
+        assert is_closed(spoken_to)
+    loaded.servers[0][1].join(5)
+    assert not loaded.servers[0][1].is_alive()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_speech_that_the_end_breaks_off_leaves_no_traceback(loaded, caplog):
+    speaker = Speaker(seconds=float("inf"))
+    speaker.gate.set()
+    address, _ = loaded(speaker, shutdown_seconds=1, max_seconds=1e6)
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+    asked = {"model": "mel", "input": "Yes.", "voice": "default", "response_format": "pcm"}
+    with client.audio.speech.with_streaming_response.create(**asked) as answer:
+        stream = answer.iter_bytes()
+        next(stream)
+        loaded.servers[0][0].should_exit = True
+        with pytest.raises(Exception, match=BROKEN):
+            for _ in stream:
+                pass
+    loaded.servers[0][1].join(5)
+    assert not loaded.servers[0][1].is_alive()
+    assert "Speech was broken off" in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_failures_are_told_and_survived(loaded):

@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def make_server(app, log_level: str = "info", shutdown_seconds: int = 10, **options) -> Server:
+def make_server(app, log_level: str | None = "info", shutdown_seconds: int = 10, **options) -> Server:
     """A server to `run`. `options` are those of `uvicorn.Config`."""
     # h11 by name: httptools, which uvicorn prefers where it is installed, has no limit for headers
     return Server(

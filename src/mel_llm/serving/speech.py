@@ -22,6 +22,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..audio_utils_mel_llm import load_audio
 from ..synthesis_mel_llm import iter_speech
@@ -182,6 +183,7 @@ class SpeechWorker:
         self._waiting: deque[_Job] = deque()
         self._active: _Job | None = None
         self._open = True
+        self.closing = asyncio.Event()
         self._num_held = 0
         self._thread = threading.Thread(target=self._run, name="mel-llm-speech", daemon=True)
         self._thread.start()
@@ -220,12 +222,13 @@ class SpeechWorker:
             self._waiting.remove(job)
 
     def drain(self) -> None:
-        """Takes no more, and tells those that wait; what is being spoken goes on."""
+        """Takes no more, and tells those that wait or are still sending; what is being spoken goes on."""
         with self._changed:
             self._open = False
             waiting = list(self._waiting)
             self._waiting.clear()
             self._changed.notify()
+        self.closing.set()
         for job in waiting:
             job.send(SpeechError(503, "The server is shutting down.", code="shutting_down"))
 
@@ -291,6 +294,10 @@ class _SpeechResponse(Response):
             await self._send(send, item, gone)
         except (_Cancelled, OSError):
             pass
+        except asyncio.CancelledError:
+            if self.worker.is_open:
+                raise
+            logger.warning("Speech was broken off: the server is shutting down.")
         except asyncio.TimeoutError:  # not the built-in one before Python 3.11
             logger.warning("A client took nothing for %g s and was dropped.", self.worker.limits.stall_seconds)
         finally:
@@ -427,7 +434,7 @@ def create_app(
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise SpeechError(415, "The request must have the header Content-Type: application/json.")
         try:
-            asked = SpeechRequest.model_validate_json(await _read_body(request))
+            asked = SpeechRequest.model_validate_json(await _read_body(request, worker.closing))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"][:1]))
@@ -481,7 +488,7 @@ def _problem(check, value) -> str | None:
     return None
 
 
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: Request, closing: asyncio.Event) -> bytes:
     async def read() -> bytes:
         body = b""
         async for chunk in request.stream():
@@ -490,10 +497,19 @@ async def _read_body(request: Request) -> bytes:
                 raise SpeechError(413, f"The request has more than {_MAX_BODY_BYTES} bytes.")
         return body
 
+    reading, ended = asyncio.ensure_future(read()), asyncio.ensure_future(closing.wait())
     try:
-        return await asyncio.wait_for(read(), _BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise SpeechError(408, f"The request did not come within {_BODY_SECONDS:g} seconds.") from None
+        await asyncio.wait((reading, ended), timeout=_BODY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if reading.done():
+            return reading.result()
+    except ClientDisconnect:
+        raise SpeechError(400, "The client went away.") from None  # nobody hears it
+    finally:
+        reading.cancel()
+        ended.cancel()
+    if closing.is_set():
+        raise SpeechError(503, "The server is shutting down.", code="shutting_down")
+    raise SpeechError(408, f"The request did not come within {_BODY_SECONDS:g} seconds.")
 
 
 def run(app: FastAPI, sockets: list, log_level: str = "info", shutdown_seconds: int = 10) -> None:
