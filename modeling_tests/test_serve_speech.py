@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import importlib
 import io
@@ -31,9 +32,10 @@ from mel_llm.synthesis_mel_llm import iter_speech
 
 
 openai = pytest.importorskip("openai", reason="needs the extra `serve`: openai is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`: uvicorn is not installed")
+pytest.importorskip("uvicorn", reason="needs the extra `serve`: uvicorn is not installed")
 pytest.importorskip("fastapi", reason="needs the extra `serve`: fastapi is not installed")
 speech = importlib.import_module("mel_llm.serving.speech")
+http_server = importlib.import_module("mel_llm.serving.http_server")
 
 
 # --- formats ------------------------------------------------------------------------------------------------------------
@@ -176,15 +178,30 @@ def test_wrong_requests_are_told_so(client, change, status, words):
     assert caught.value.body["type"] == "invalid_request_error"
 
 
+def post(address: str, body: bytes, **headers: str | None) -> tuple[int, dict]:
+    """Status and error of a request that is refused. Underscores in the headers' names are hyphens."""
+    merged = {"Authorization": "Bearer secret", "Content_Type": "application/json", **headers}
+    named = {name.replace("_", "-"): value for name, value in merged.items()}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/v1/audio/speech", data=body, headers=named))
+    return caught.value.code, json.load(caught.value)["error"]
+
+
+def test_what_a_foreign_page_can_make_a_browser_send_is_refused(server):
+    body = json.dumps({"model": "mel", "input": "Yes."}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "", "text/plain; application/json"):
+        status, error = post(server[0], body, Content_Type=kind)
+        assert status == 415 and "application/json" in error["message"]
+    for host in ("evil.example", "evil.example:8000", "", "[", "localhost.evil.example"):
+        status, error = post(server[0], body, Host=host)
+        assert status == 400 and error["code"] == "wrong_host"
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
+        urllib.request.urlopen(urllib.request.Request(f"{server[0]}/health", headers={"Host": host})).close()
+
+
 def test_bodies_that_are_none(server, client):
     for body, status in ((b"", 400), (b"{", 400), (b"[1]", 400), (b'{"model": "\xff"}', 400), (b" " * (1 << 21), 413)):
-        request = urllib.request.Request(
-            f"{server[0]}/v1/audio/speech", data=body, headers={"Authorization": "Bearer secret"}
-        )
-        with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as caught:
-            urllib.request.urlopen(request)
-        if isinstance(caught.value, urllib.error.HTTPError):  # while it is still sending, it may see the end instead
-            assert caught.value.code == status and "error" in json.load(caught.value)
+        assert post(server[0], body)[0] == status
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     with pytest.raises(openai.NotFoundError):
@@ -259,20 +276,21 @@ def loaded(monkeypatch):
     """A server of stubs in a thread of this process: `start(speaker, limits...)` gives its address and its worker."""
     servers = []
 
-    def start(speaker: Speaker, **limits):
+    def start(speaker: Speaker, shutdown_seconds: int = 10, **limits):
         monkeypatch.setattr(speech, "iter_speech", speaker)
         model = types.SimpleNamespace(vocoder=True, config=types.SimpleNamespace(sampling_rate=16000))
         app = speech.create_app(model, None, "mel", limits=speech.Limits(**limits))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+        server = http_server.make_server(app, None, shutdown_seconds, host="127.0.0.1", port=port, log_config=None)
         thread = threading.Thread(target=server.run)
         thread.start()
         servers.append((server, thread, speaker))
         wait_until(lambda: server.started)
         return f"http://127.0.0.1:{port}", app.state.worker
 
+    start.servers = servers
     yield start
     for server, thread, speaker in servers:
         speaker.gate.set()
@@ -372,9 +390,145 @@ def test_a_client_that_takes_nothing_is_dropped(loaded):
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.connect((host, int(port)))
         body = json.dumps({"model": "mel", "input": "Yes.", "response_format": "wav"}).encode()
-        lazy.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        lazy.sendall(HEAD % len(body) + body)
         wait_until(speaker.started.is_set)
         wait_until(lambda: worker._num_held == 0)
+
+
+HEAD = b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Waits for the other side to close."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_silent_connections_shut_nobody_out(loaded, monkeypatch):
+    monkeypatch.setattr(http_server.Protocol, "max_connections", 20)
+    speaker = Speaker(seconds=1)
+    speaker.gate.set()
+    address, _ = loaded(speaker)
+    with contextlib.ExitStack() as stack:
+        for number in range(60):  # some say nothing, some begin
+            silent = stack.enter_context(connect(address))
+            silent.sendall(b"GET /health HTTP/1.1\r\nHo"[: 24 * (number % 2)])
+        assert ask(address) == 44 + 32000
+
+
+def test_connections_without_a_request_are_closed(loaded, monkeypatch):
+    monkeypatch.setattr(http_server.Protocol, "request_seconds", 0.5)
+    speaker = Speaker(seconds=1)
+    address, _ = loaded(speaker)
+    head = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    with connect(address) as silent, connect(address) as slow, connect(address) as second:
+        second.sendall(head + b"\r\n")
+        assert b" 200 OK" in second.recv(4096)
+        second.sendall(head)  # and never its end
+        with contextlib.suppress(ConnectionError):
+            for number in range(200):  # a byte now and then does not keep it open
+                slow.sendall(head[number : number + 1] or b"x")
+                time.sleep(0.01)
+            pytest.fail("two seconds were accepted")
+        assert is_closed(silent) and is_closed(second)
+        pending = concurrent.futures.ThreadPoolExecutor(1).submit(ask, address)
+        wait_until(speaker.started.is_set)
+        time.sleep(0.8)  # who waits for an answer is not silent
+        speaker.gate.set()
+        assert pending.result() == 44 + 32000
+
+
+def test_where_all_connections_are_busy_the_next_is_refused(loaded, monkeypatch):
+    monkeypatch.setattr(http_server.Protocol, "max_connections", 1)
+    speaker = Speaker(seconds=1)
+    address, _ = loaded(speaker)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, address)
+        wait_until(speaker.started.is_set)
+        with pytest.raises(openai.InternalServerError, match="too many connections") as caught:
+            ask(address)
+        assert caught.value.status_code == 503 and caught.value.body["type"] == "server_error"
+        speaker.gate.set()
+        assert first.result() == 44 + 32000
+
+
+def test_endless_headers_are_refused(loaded):
+    address, _ = loaded(Speaker())
+    with connect(address) as endless:
+        answer = b""
+        with contextlib.suppress(ConnectionError):  # what was left unread resets the connection
+            endless.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 10000)  # 80 kB, and no end
+        with contextlib.suppress(ConnectionError):
+            while data := endless.recv(4096):
+                answer += data
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["type"] == "invalid_request_error"
+    with connect(address) as endless, pytest.raises(ConnectionError):
+        for _ in range(200):  # 13 MB, more than sockets hold
+            endless.sendall(b"X-A: b\r\n" * 8192)
+
+
+def test_clients_that_go_away_leave_no_traceback(loaded, caplog):
+    speaker = Speaker(seconds=1)
+    speaker.gate.set()
+    address, worker = loaded(speaker, max_queue=4)
+    body = json.dumps({"model": "mel", "input": "Yes."}).encode()
+    for number in range(60):  # after all of the request, or half of it
+        with connect(address) as leaving:
+            leaving.sendall(HEAD % len(body) + body[: len(body) // (1 + number % 2)])
+    wait_until(lambda: worker._num_held == 0)
+    assert ask(address) > 32000
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_bodies_that_do_not_come(loaded, monkeypatch):
+    monkeypatch.setattr(speech, "_BODY_SECONDS", 0.2)
+    address, _ = loaded(Speaker())
+    with connect(address) as half:
+        half.sendall(HEAD % 100 + b"{")
+        assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_the_end_of_the_server_does_not_wait_for_half_a_body(loaded, caplog):
+    speaker = Speaker(seconds=float("inf"))
+    speaker.gate.set()
+    address, _ = loaded(speaker, shutdown_seconds=1, max_seconds=1e6)
+    with connect(address) as half, connect(address) as spoken_to:
+        half.sendall(HEAD % 100 + b"{")
+        wait_until(lambda: len(loaded.servers[0][0].server_state.tasks) == 1)
+        loaded.servers[0][0].should_exit = True
+        answer = half.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"shutting_down" in answer and is_closed(half)
+        assert is_closed(spoken_to)
+    loaded.servers[0][1].join(5)
+    assert not loaded.servers[0][1].is_alive()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_speech_that_the_end_breaks_off_leaves_no_traceback(loaded, caplog):
+    speaker = Speaker(seconds=float("inf"))
+    speaker.gate.set()
+    address, _ = loaded(speaker, shutdown_seconds=1, max_seconds=1e6)
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+    asked = {"model": "mel", "input": "Yes.", "voice": "default", "response_format": "pcm"}
+    with client.audio.speech.with_streaming_response.create(**asked) as answer:
+        stream = answer.iter_bytes()
+        next(stream)
+        loaded.servers[0][0].should_exit = True
+        with pytest.raises(Exception, match=BROKEN):
+            for _ in stream:
+                pass
+    loaded.servers[0][1].join(5)
+    assert not loaded.servers[0][1].is_alive()
+    assert "Speech was broken off" in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_failures_are_told_and_survived(loaded):
@@ -456,9 +610,39 @@ def test_the_command_fails_in_one_line_before_the_work(tiny_folder):
         ([], "speech_config"),  # a model that only reads
         (["--log-level", "loud"], "--log-level"),
         (["--dtype", "int3"], "--dtype"),
+        (["--api-key", ""], "API key is empty"),
+        (["--api-key", "  "], "API key is empty"),
     ):
         result = CliRunner().invoke(app, ["serve-speech", tiny_folder, "--port", "0", *options])
         assert result.exit_code == 2 and words in result.stderr and result.stderr.startswith("mel-llm: ")
+
+
+def test_an_api_key_does_not_fail_open(tiny_folder, monkeypatch):
+    monkeypatch.setenv("MEL_LLM_API_KEY", "")  # as `MEL_LLM_API_KEY=$TYPO` does
+    result = CliRunner().invoke(app, ["serve-speech", tiny_folder, "--port", "0"])
+    assert result.exit_code == 2 and "API key is empty" in result.stderr
+    model = types.SimpleNamespace(vocoder=True)
+    with pytest.raises(ValueError, match="`api_key` is empty"):
+        speech.create_app(model, None, "mel", api_key="")
+
+
+@pytest.mark.parametrize(
+    ("options", "warned", "hosts"),
+    [
+        ([], False, {"localhost", "127.0.0.1", "::1"}),
+        (["--allowed-host", "Speech.example"], False, {"localhost", "127.0.0.1", "::1", "speech.example"}),
+        (["--host", "0.0.0.0"], True, None),
+        (["--host", "0.0.0.0", "--api-key", "secret"], False, None),
+    ],
+)
+def test_who_is_let_in(folder, monkeypatch, options, warned, hosts):
+    create, given = speech.create_app, []
+    monkeypatch.delenv("MEL_LLM_API_KEY", raising=False)
+    monkeypatch.setattr(speech, "create_app", lambda *args: given.append(args[-1]) or create(*args))
+    monkeypatch.setattr(speech, "run", lambda app, *args: app.state.worker.close())
+    result = CliRunner().invoke(app, ["serve-speech", folder, "--port", "0", "--device", "cpu", *options])
+    assert result.exit_code == 0 and ("there is no --api-key" in result.stderr) is warned
+    assert given == [None] if hosts is None else set(given[0]) == hosts
 
 
 def test_jobs_outlive_their_loop():

@@ -1,5 +1,7 @@
 """`mel-llm serve-speech`: a server that speaks."""
 
+import ipaddress
+import os
 import socket
 from typing import Annotated
 
@@ -25,6 +27,13 @@ def serve_speech(
     api_key: Annotated[
         str | None, typer.Option(envvar="MEL_LLM_API_KEY", help="Refuse requests that do not bear it.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that requests may call the server by (their Host). Give it again for more. By default those of "
+            "this machine while it listens only to this machine, and any otherwise."
+        ),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused with 429.")] = 8,
     max_chars: Annotated[int, typer.Option(min=1, help="Longest text of a request.")] = 4096,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Longest speech of a request.")] = 600.0,
@@ -42,6 +51,11 @@ def serve_speech(
     with interruptible():
         if log_level not in ("critical", "error", "warning", "info", "debug", "trace"):
             fail(f"--log-level must be critical, error, warning, info, debug or trace, got {log_level!r}.")
+        # An empty variable is what a typing error in its name leaves; typer takes it for none
+        if api_key is None and "MEL_LLM_API_KEY" in os.environ:
+            api_key = os.environ["MEL_LLM_API_KEY"]
+        if api_key is not None and not api_key.strip():
+            fail("the API key is empty: give --api-key (or MEL_LLM_API_KEY) a key, or leave it out.")
         try:
             from .serving import speech  # late: `mel-llm --help` need not wait for torch
         except ImportError as error:
@@ -62,13 +76,36 @@ def serve_speech(
 
         speaker, processor = load("AutoModelForTextToWaveform", model, device, dtype, check)
         try:
-            app = speech.create_app(speaker, processor, served_model_name or model, voices, limits, api_key)
+            app = speech.create_app(
+                speaker,
+                processor,
+                served_model_name or model,
+                voices,
+                limits,
+                api_key,
+                _host_names(host, allowed_host),
+            )
         except ValueError as error:
             fail(error)
     address = f"[{host}]" if ":" in host else host
+    if api_key is None and not _is_loopback(host):
+        report(f"Whoever reaches {host} can use this server: there is no --api-key.")
     names = ", ".join(dict.fromkeys([speech.DEFAULT_VOICE, *voices]))
     report(f"Speaking at http://{address}:{listener.getsockname()[1]}/v1 (voices: {names})")
     speech.run(app, [listener], log_level, shutdown_seconds)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _host_names(host: str, allowed: list[str] | None) -> list[str] | None:
+    if not allowed and not _is_loopback(host):
+        return None
+    return list(dict.fromkeys(name.lower() for name in ["localhost", "127.0.0.1", "::1", host, *(allowed or [])]))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -12,19 +12,22 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import torch
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..audio_utils_mel_llm import load_audio
 from ..synthesis_mel_llm import iter_speech
 from .audio_encoding import FORMATS, AudioEncoder, check_format
+from .http_server import error_body, make_server
 
 
 logger = logging.getLogger(__name__)
@@ -124,9 +127,9 @@ class SpeechError(Exception):
     def response(self) -> JSONResponse:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         headers = {"Retry-After": "2"} if self.status in (429, 503) else None
-        return JSONResponse({"error": error}, status_code=self.status, headers=headers)
+        content = error_body(str(self), kind, self.param, self.code)
+        return JSONResponse(content, status_code=self.status, headers=headers)
 
 
 class _Cancelled(Exception):
@@ -180,6 +183,7 @@ class SpeechWorker:
         self._waiting: deque[_Job] = deque()
         self._active: _Job | None = None
         self._open = True
+        self.closing = asyncio.Event()
         self._num_held = 0
         self._thread = threading.Thread(target=self._run, name="mel-llm-speech", daemon=True)
         self._thread.start()
@@ -218,12 +222,13 @@ class SpeechWorker:
             self._waiting.remove(job)
 
     def drain(self) -> None:
-        """Takes no more, and tells those that wait; what is being spoken goes on."""
+        """Takes no more, and tells those that wait or are still sending; what is being spoken goes on."""
         with self._changed:
             self._open = False
             waiting = list(self._waiting)
             self._waiting.clear()
             self._changed.notify()
+        self.closing.set()
         for job in waiting:
             job.send(SpeechError(503, "The server is shutting down.", code="shutting_down"))
 
@@ -289,6 +294,10 @@ class _SpeechResponse(Response):
             await self._send(send, item, gone)
         except (_Cancelled, OSError):
             pass
+        except asyncio.CancelledError:
+            if self.worker.is_open:
+                raise
+            logger.warning("Speech was broken off: the server is shutting down.")
         except asyncio.TimeoutError:  # not the built-in one before Python 3.11
             logger.warning("A client took nothing for %g s and was dropped.", self.worker.limits.stall_seconds)
         finally:
@@ -336,6 +345,7 @@ def create_app(
     voices: dict[str, Voice] | None = None,
     limits: Limits | None = None,
     api_key: str | None = None,
+    allowed_hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The application: `/v1/audio/speech`, `/v1/audio/voices`, `/v1/models`, `/health`.
 
@@ -345,10 +355,15 @@ def create_app(
         voices (`dict[str, Voice]`, *optional*): Beside the one called "default", which is the model's own.
         limits ([`Limits`], *optional*): What it takes on.
         api_key (`str`, *optional*): What requests must bear.
+        allowed_hosts (`Collection[str]`, *optional*): Names that requests may call the server by (their `Host`); any by
+            default. A server on the loopback needs them: a page in a browser there may come from a host whose name was
+            made to mean 127.0.0.1 (DNS rebinding).
 
     Raises:
-        ValueError: The model makes no waveform, or a voice cannot be used with it.
+        ValueError: The model makes no waveform, a voice cannot be used with it, or the key is empty.
     """
+    if api_key is not None and not api_key.strip():
+        raise ValueError("`api_key` is empty: give a key, or None for a server that asks for none.")
     limits = limits or Limits()
     if getattr(model, "vocoder", None) is None:
         raise ValueError("This model has no vocoder (`config.vocoder_config` is None), so it makes no waveform.")
@@ -369,12 +384,18 @@ def create_app(
         yield
         await asyncio.to_thread(worker.close)
 
+    # Not starlette's TrustedHostMiddleware: it answers in plain text, and takes [::1] for "["
+    async def check_host(request: Request) -> None:
+        if allowed_hosts is not None and (name := _host_name(request)) not in allowed_hosts:
+            message = f"This server does not answer to the host {name!r}, but to {', '.join(allowed_hosts)}."
+            raise SpeechError(400, message, code="wrong_host")
+
     async def check_key(request: Request) -> None:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
             raise SpeechError(401, "The API key is missing or wrong.", code="invalid_api_key")
 
-    app = FastAPI(title="Mel-LLM speech", lifespan=lifespan)
+    app = FastAPI(title="Mel-LLM speech", lifespan=lifespan, dependencies=[Depends(check_host)])
     app.state.worker = worker
     guarded = [Depends(check_key)]
 
@@ -409,8 +430,11 @@ def create_app(
 
     @app.post("/v1/audio/speech", dependencies=guarded, openapi_extra={"requestBody": schema})
     async def speech(request: Request):
+        # Any page may let a browser send text/plain; for JSON the browser asks the server first
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise SpeechError(415, "The request must have the header Content-Type: application/json.")
         try:
-            asked = SpeechRequest.model_validate_json(await _read_body(request))
+            asked = SpeechRequest.model_validate_json(await _read_body(request, worker.closing))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"][:1]))
@@ -443,6 +467,13 @@ def create_app(
     return app
 
 
+def _host_name(request: Request) -> str | None:
+    try:
+        return urlsplit(f"//{request.headers.get('Host', '')}").hostname
+    except ValueError:  # brackets that are not closed
+        return None
+
+
 def _text_problem(text: str, max_chars: int) -> str | None:
     if len(text) > max_chars:
         return f"The text has {len(text)} characters, more than the {max_chars} that are spoken at once."
@@ -457,7 +488,7 @@ def _problem(check, value) -> str | None:
     return None
 
 
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: Request, closing: asyncio.Event) -> bytes:
     async def read() -> bytes:
         body = b""
         async for chunk in request.stream():
@@ -466,25 +497,25 @@ async def _read_body(request: Request) -> bytes:
                 raise SpeechError(413, f"The request has more than {_MAX_BODY_BYTES} bytes.")
         return body
 
+    reading, ended = asyncio.ensure_future(read()), asyncio.ensure_future(closing.wait())
     try:
-        return await asyncio.wait_for(read(), _BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise SpeechError(408, f"The request did not come within {_BODY_SECONDS:g} seconds.") from None
-
-
-class _Server(uvicorn.Server):
-    async def shutdown(self, sockets=None) -> None:
-        self.config.app.state.worker.drain()  # those that wait are told at once
-        await super().shutdown(sockets)
+        await asyncio.wait((reading, ended), timeout=_BODY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if reading.done():
+            return reading.result()
+    except ClientDisconnect:
+        raise SpeechError(400, "The client went away.") from None  # nobody hears it
+    finally:
+        reading.cancel()
+        ended.cancel()
+    if closing.is_set():
+        raise SpeechError(503, "The server is shutting down.", code="shutting_down")
+    raise SpeechError(408, f"The request did not come within {_BODY_SECONDS:g} seconds.")
 
 
 def run(app: FastAPI, sockets: list, log_level: str = "info", shutdown_seconds: int = 10) -> None:
     """Serves on `sockets`, which are bound, until SIGTERM or Ctrl-C. What is being spoken then has `shutdown_seconds`."""
-    config = uvicorn.Config(
-        app, log_level=log_level, timeout_graceful_shutdown=shutdown_seconds, limit_concurrency=512, lifespan="on"
-    )
     try:
-        _Server(config).run(sockets=sockets)
+        make_server(app, log_level, shutdown_seconds).run(sockets=sockets)
     except KeyboardInterrupt:  # which uvicorn raises again when all is done
         pass
     finally:
