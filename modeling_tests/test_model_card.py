@@ -16,8 +16,9 @@ from test_train_script import SCRATCH, script, train, words  # noqa: F401
 from test_train_script import folder as recordings  # noqa: F401
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig, create_model_card
-from mel_llm.card_results import without_local_paths
+from mel_llm.card_results import local_names, without_local_paths
 from mel_llm.model_card import is_generated, metadata_problems
+from mel_llm.publishing import without_paths
 from mel_llm.training import lora_config
 
 
@@ -289,6 +290,17 @@ def test_paths_of_a_machine_leave_commands_and_addresses_stay():
     assert without_local_paths(command) == expected
 
 
+def test_places_that_end_alike_stay_apart():
+    assert local_names(["/a/speech", "/b/speech", "/a/speech", "c.txt"]) == {
+        "/a/speech": "speech",
+        "/b/speech": "speech-2",
+        "c.txt": "c.txt",
+    }
+    content = {"data": {"/a/speech": 1, "/b/my speech": 2}, "x": ["/b/my speech", "ORG/NAME", "C:\\ada\\z"], "n": None}
+    expected = {"data": {"speech": 1, "my speech": 2}, "x": ["my speech", "ORG/NAME", "z"], "n": None}
+    assert without_paths(content) == expected
+
+
 # --- the Trainer ----------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +313,9 @@ def test_a_finished_run_has_its_card(script, recordings, tmp_path):  # noqa: F81
     assert "| `speech`, split train | 12 |" in text and str(tmp_path) not in text
     assert "model-index" not in data and "was trained on these clips**" in text  # twelve of the sixteen
     assert is_generated(text) and "| train batch size | 4 |" in text
+    summary = (output / "training_summary.json").read_text()  # it goes to the Hub too
+    assert str(tmp_path) not in summary and recordings not in summary
+    assert json.loads(summary)["data"]["train"]["speech"]["num_clips"] == 12
 
     output = tmp_path / "unseen"
     more = [*SCRATCH, "--eval_data", recordings, "--max_steps", "3", "--speed_factors", "0.9", "1.1"]

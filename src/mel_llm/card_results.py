@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,6 +104,20 @@ class Evaluation:
 def local_name(place: str) -> str:
     """A path without the folders that are nobody else's business."""
     return os.path.basename(os.path.normpath(place.replace("\\", "/"))) or place
+
+
+def local_names(places: Iterable[str]) -> dict[str, str]:
+    """The last part of each path; where several end alike, the later ones get a number: `speech`, `speech-2`."""
+    names: dict[str, str] = {}
+    for place in places:
+        if place not in names:
+            name = wanted = local_name(place)
+            number = 1
+            while name in names.values():
+                number += 1
+                name = f"{wanted}-{number}"
+            names[place] = name
+    return names
 
 
 def without_local_paths(text: str) -> str:
@@ -284,6 +298,7 @@ __all__ = [
     "cell",
     "is_hub_id",
     "local_name",
+    "local_names",
     "read_evaluation",
     "results_table",
     "scores_of",
