@@ -16,8 +16,9 @@ from test_train_script import SCRATCH, script, train, words  # noqa: F401
 from test_train_script import folder as recordings  # noqa: F401
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig, create_model_card
-from mel_llm.card_results import without_local_paths
+from mel_llm.card_results import local_names, without_local_paths
 from mel_llm.model_card import is_generated, metadata_problems
+from mel_llm.publishing import without_paths
 from mel_llm.training import lora_config
 
 
@@ -122,7 +123,7 @@ def test_the_training_run_is_told_from_its_files(model_folder):
     assert 'model="ada/reader"' in text
     name, results = model_index_to_eval_results(data["model-index"])
     assert name == "reader" and [(r.metric_type, r.metric_value) for r in results] == [("wer", 12.34)]
-    assert results[0].dataset_split == "validation" and results[0].dataset_type == "audiofolder"
+    assert results[0].dataset_split == "validation" and results[0].dataset_type == "prompts"
 
 
 @pytest.mark.parametrize("seen", [4, None], ids=["some", "not recorded"])
@@ -151,11 +152,26 @@ def test_results_come_with_their_commands_and_bounds(speaking_folder, tmp_path):
     _, results = model_index_to_eval_results(data["model-index"])
     found = {(r.task_type, r.metric_type): (r.metric_value, r.dataset_type, r.dataset_split) for r in results}
     assert found == {
-        ("text-to-speech", "wer"): (25.0, "audiofolder", "test"),
+        ("text-to-speech", "wer"): (25.0, "speech", "test"),
         ("automatic-speech-recognition", "wer"): (7.12, "openslr/librispeech_asr", "test"),
         ("automatic-speech-recognition", "cer"): (2.0, "openslr/librispeech_asr", "test"),
     }
     assert data["metrics"] == ["wer", "cer"] and "text-to-speech" in data["tags"]
+
+
+def test_two_local_sets_are_two_datasets(model_folder):
+    sets = [
+        {"dataset": f"/home/ada/{name}", "split": "test", "wer": wer} for name, wer in (("near", 0.1), ("far", 0.5))
+    ]
+    create_model_card(model_folder, evaluations=sets)
+    (model,) = read(model_folder)[1]["model-index"]
+    found = {entry["dataset"]["name"]: [m["value"] for m in entry["metrics"]] for entry in model["results"]}
+    assert found == {"near, split test": [10.0], "far, split test": [50.0]}
+    _, results = model_index_to_eval_results([model])  # what its readers make of it
+    assert {(r.dataset_type, r.metric_value) for r in results} == {("near", 10.0), ("far", 50.0)}
+
+    with pytest.raises(ValueError, match="/a/near and /b/near would both be 'near, split test'"):
+        create_model_card(model_folder, evaluations=[{**sets[0], "dataset": f"/{name}/near"} for name in "ab"])
 
 
 def test_the_snippets_of_a_card_run(speaking_folder, speech_clips, monkeypatch):
@@ -289,6 +305,17 @@ def test_paths_of_a_machine_leave_commands_and_addresses_stay():
     assert without_local_paths(command) == expected
 
 
+def test_places_that_end_alike_stay_apart():
+    assert local_names(["/a/speech", "/b/speech", "/a/speech", "c.txt"]) == {
+        "/a/speech": "speech",
+        "/b/speech": "speech-2",
+        "c.txt": "c.txt",
+    }
+    content = {"data": {"/a/speech": 1, "/b/my speech": 2}, "x": ["/b/my speech", "ORG/NAME", "C:\\ada\\z"], "n": None}
+    expected = {"data": {"speech": 1, "my speech": 2}, "x": ["my speech", "ORG/NAME", "z"], "n": None}
+    assert without_paths(content) == expected
+
+
 # --- the Trainer ----------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +328,9 @@ def test_a_finished_run_has_its_card(script, recordings, tmp_path):  # noqa: F81
     assert "| `speech`, split train | 12 |" in text and str(tmp_path) not in text
     assert "model-index" not in data and "was trained on these clips**" in text  # twelve of the sixteen
     assert is_generated(text) and "| train batch size | 4 |" in text
+    summary = (output / "training_summary.json").read_text()  # it goes to the Hub too
+    assert str(tmp_path) not in summary and recordings not in summary
+    assert json.loads(summary)["data"]["train"]["speech"]["num_clips"] == 12
 
     output = tmp_path / "unseen"
     more = [*SCRATCH, "--eval_data", recordings, "--max_steps", "3", "--speed_factors", "0.9", "1.1"]

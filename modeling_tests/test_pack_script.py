@@ -36,7 +36,7 @@ def run(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "training_summary.json").write_text("{}")
+    (folder / "training_summary.json").write_text('{"setup": {"train_data": [{"place": "/home/ada/my speech"}]}}')
     return folder
 
 
@@ -46,7 +46,8 @@ def test_a_packed_model_is_half_as_large_and_says_the_same(script, run, speech_c
     assert "MiB of weights" in capsys.readouterr().out and not list(folder.parent.glob(".*"))
     shards = [path.stat().st_size for path in folder.glob("*.safetensors")]
     assert len(shards) > 2 and sum(shards) < 0.56 * (run / "model.safetensors").stat().st_size
-    assert (folder / "training_summary.json").is_file()
+    summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary == {"setup": {"train_data": [{"place": "my speech"}]}}
 
     packed, whole = (AutoModelForTextToWaveform.from_pretrained(path) for path in (folder, run))
     assert {parameter.dtype for parameter in packed.parameters()} == {torch.float32}

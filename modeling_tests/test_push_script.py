@@ -176,6 +176,10 @@ DAMAGE = {
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "no processor"),
     "a path": (lambda f: edit_json(f / "config.json", _name_or_path="/home/ada/base"), "_name_or_path.*/home/ada"),
     "a path below": (lambda f: edit_json(f / "config.json", x={"y": ["C:\\Users\\ada\\z"]}), "x.y"),
+    "a path in a record": (
+        lambda f: (f / "training_summary.json").write_text('{"data": {"train": {"/home/ada/my speech": 1}}}'),
+        "data.train.*/home/ada/my speech(.|\n)*pack.py",
+    ),
     "a trace": (lambda f: (f / "notes.md").write_text(f"See {f.parent.resolve()}/data"), "names a folder"),
     "broken JSON": (lambda f: (f / "generation_config.json").write_text("{"), "not JSON"),
     "a link": (lambda f: (f / "link.txt").symlink_to(f / "README.md"), "link.txt is a link"),

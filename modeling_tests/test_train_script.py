@@ -90,7 +90,7 @@ def test_full_fine_tuning(folder, speech_clips, tmp_path):
     assert len(curve) == 24 and curve[24] < 0.8 * curve[1]
     summary = json.loads((output / "training_summary.json").read_text())
     assert {"eval_wer", "eval_cer", "train_loss"} <= summary["metrics"].keys()
-    assert summary["data"]["train"][folder]["num_clips"] == 12
+    assert summary["data"]["train"]["speech"]["num_clips"] == 12
 
     assert not (output / "training_args.bin").exists() and not (output / ".saving").exists()
     recogniser = pipeline("automatic-speech-recognition", model=str(output))
@@ -214,8 +214,8 @@ def test_bad_clips_do_not_stop_a_run(script, folder, tmp_path):
         file.write(content[: len(content) // 2])
     run = train(script, *words(folder, tmp_path / "run", *SCRATCH, "--num_train_epochs", "2"))
     summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
-    assert summary["data"]["train"][folder]["left_out"] == {"missing or not audio": 1}
-    assert summary["skipped_in_training"] == {"unreadable": 1, "names": [path]}
+    assert summary["data"]["train"]["speech"]["left_out"] == {"missing or not audio": 1}
+    assert summary["skipped_in_training"] == {"unreadable": 1, "names": ["00.wav"]}
     assert run.trainer.state.global_step == 6
 
 

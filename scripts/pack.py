@@ -25,11 +25,8 @@ from transformers import (
 )
 
 import mel_llm
+from mel_llm.publishing import RECORDS, without_paths
 from mel_llm.training import count_parameters
-
-
-# What the card is filled from
-_RECORDS = ("training_summary.json", "trainer_state.json")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -79,9 +76,10 @@ def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> No
     model.save_pretrained(partial, max_shard_size=max_shard_size)
     processor.save_pretrained(partial)
     set_dtype(partial / "config.json")
-    for name in _RECORDS:
+    for name in RECORDS:
         if (run / name).is_file():
-            shutil.copyfile(run / name, partial / name)
+            content = without_paths(json.loads((run / name).read_text(encoding="utf-8")))
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     # The weights last: a folder with a config but without weights is refused, the other way round it is misread
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):

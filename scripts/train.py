@@ -52,8 +52,10 @@ from mel_llm import (
     MelLLMVocoderConfig,
     export_remote_code,
 )
+from mel_llm.card_results import local_name, local_names
 from mel_llm.conversion import from_text_llm
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
+from mel_llm.publishing import without_paths
 from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
     LORA_PRESETS,
@@ -458,13 +460,15 @@ class Run:
 
 
 def length_of(training_args: SpeechTrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> dict:
+    vocoder = model_args.vocoder
     return {
         "num_train_epochs": training_args.num_train_epochs,
         "max_steps": training_args.max_steps,
         "lora": model_args.lora,
         "merge_lora": model_args.merge_lora,
         "tasks": data_args.tasks,
-        "vocoder": model_args.vocoder,
+        # Written beside the model, and compared by the next start: without the folders of this machine
+        "vocoder": local_name(vocoder) if vocoder and os.path.exists(os.path.expanduser(vocoder)) else vocoder,
     }
 
 
@@ -721,6 +725,21 @@ def push(run: Run) -> None:
     logger.info(f"It is on the Hub as {trainer.hub_model_id}.")
 
 
+def without_places(setup: dict, reports: dict) -> tuple[dict, dict]:
+    """What the run began with and its reports, with the last parts of local paths: the summary goes to the Hub."""
+    sources = [*setup["train_data"], *setup["eval_data"]]
+    names = {source["place"]: source["place"] for source in sources}
+    names |= local_names(source["place"] for source in sources if source["is_local"])
+    named = {
+        kind: [{**source, "place": names[source["place"]]} for source in setup[kind]]
+        for kind in ("train_data", "eval_data")
+    }
+    began = setup["model_name_or_path"]
+    named["model_name_or_path"] = local_name(began) if began and setup["model_is_local"] else began
+    reports = {kind: {names[place]: report for place, report in of.items()} for kind, of in reports.items()}
+    return {**setup, **named}, reports
+
+
 def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
     """What was trained, on what and with which result, beside the model."""
     train_set = run.trainer.train_dataset
@@ -732,11 +751,12 @@ def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
         logger.warning(
             f"{skipped['unreadable']} clips could not be read while training (in all passes) and were left out."
         )
+    setup, reports = without_places(run.setup, run.reports)
     summary = {
         "length": run.length,
-        "setup": {**run.setup, "hyperparameters": extract_hyperparameters_from_trainer(run.trainer)},
+        "setup": {**setup, "hyperparameters": extract_hyperparameters_from_trainer(run.trainer)},
         "metrics": metrics,
-        "data": run.reports,
+        "data": reports,
         "skipped_in_training": skipped,
         "parameters": {"trained": parameters[0], "all": parameters[1]},
         "versions": {
@@ -748,7 +768,7 @@ def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
     }
     path = Path(run.trainer.args.output_dir) / SUMMARY
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(without_paths(summary), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

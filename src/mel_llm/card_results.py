@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,7 @@ class Evaluation:
     config: str | None = None
     split: str | None = None
     is_local: bool = True
+    place: str | None = None  # of the data, in full: what is on no card, but tells two folders of one name apart
     own: int | None = 0  # the row of the card's model
     command: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -88,7 +89,8 @@ class Evaluation:
         return [
             EvalResult(
                 task_type=self.task,
-                dataset_type="audiofolder" if self.is_local else self.dataset,
+                # The Hub and its library hold results of one type, config and split to be of one set of data
+                dataset_type=self.dataset,
                 dataset_name=self.title,
                 dataset_config=self.config,
                 dataset_split=self.split,
@@ -104,6 +106,20 @@ class Evaluation:
 def local_name(place: str) -> str:
     """A path without the folders that are nobody else's business."""
     return os.path.basename(os.path.normpath(place.replace("\\", "/"))) or place
+
+
+def local_names(places: Iterable[str]) -> dict[str, str]:
+    """The last part of each path; where several end alike, the later ones get a number: `speech`, `speech-2`."""
+    names: dict[str, str] = {}
+    for place in places:
+        if place not in names:
+            name = wanted = local_name(place)
+            number = 1
+            while name in names.values():
+                number += 1
+                name = f"{wanted}-{number}"
+            names[place] = name
+    return names
 
 
 def without_local_paths(text: str) -> str:
@@ -166,6 +182,7 @@ def read_evaluation(source, model_name: str) -> Evaluation:
         config=given.get("config"),
         split=given.get("split"),
         is_local=not hub_id,
+        place=dataset,
         command=given.get("command") or (given.get("environment") or {}).get("command"),
         notes=[*_environment(given.get("environment")), *_as_list(given.get("notes"))],
     )
@@ -227,6 +244,7 @@ def _speech_evaluation(given: dict, label: str, model_name: str) -> Evaluation:
         config=given.get("config") or options.get("config"),
         split=given.get("split") or options.get("split") or (None if place.endswith(".txt") else "validation"),
         is_local=not hub_id,
+        place=place,
         own=own[0],
         command=given.get("command") or (environment or {}).get("command"),
         notes=[*_environment(environment), *judges, *intervals, *_as_list(given.get("notes"))],
@@ -284,6 +302,7 @@ __all__ = [
     "cell",
     "is_hub_id",
     "local_name",
+    "local_names",
     "read_evaluation",
     "results_table",
     "scores_of",

@@ -123,6 +123,7 @@ def create_model_card(
     reads = tasks != ["tts"] or not speaks
     rows = _data_rows(run, data)
     results = [_checked(read_evaluation(source, name), run) for source in evaluations]
+    _check_names(results)
     while_training = _training_evaluations(run)
     base_model, adapter_base = _base_models(base_model, run, config, adapter)
     place = repo_id or f"./{name}"
@@ -371,6 +372,19 @@ def _checked(evaluation: Evaluation, run: dict) -> Evaluation:
             evaluation.notes.append(_SEEN)
             break
     return evaluation
+
+
+def _check_names(evaluations: Sequence[Evaluation]) -> None:
+    """Refuses two folders that the card would call by one name: their numbers would be those of one set of data."""
+    places: dict[tuple, str] = {}
+    for evaluation in evaluations:
+        place = os.path.normpath(str(evaluation.place))
+        before = places.setdefault((evaluation.task, evaluation.title), place)
+        if before != place:
+            raise ValueError(
+                f"`evaluations`: {before} and {place} would both be {evaluation.title!r} on the card: give one of them "
+                "another `dataset`."
+            )
 
 
 def _identity(source: dict) -> tuple:

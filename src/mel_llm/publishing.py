@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .card_results import local_names
 from .checkpoint_files import read_header, read_weights
 from .model_card import CARD, metadata_problems
 
@@ -17,13 +18,12 @@ from .model_card import CARD, metadata_problems
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
 # The Hub takes no larger file
 MAX_FILE_BYTES = 50 * 1000**3
-_ABSOLUTE = re.compile(r"(?:/|~[/\\]|[A-Za-z]:[\\/])[^\s/\\]+[/\\]\S*")
-# Where a config may say from where something was loaded; what is in a tokenizer's vocabulary is no path
-_CONFIGS = (
-    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("adapter_config.json", "tokenizer_config.json"),
-)
+_ABSOLUTE = re.compile(r"(?:/|~[/\\]|[A-Za-z]:[\\/])[^\s/\\]+[/\\].*")
+# What is in a tokenizer's vocabulary is no path
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 _MAX_TEXT = 4 << 20
+# What a training run writes beside its model, and the card is filled from
+RECORDS = ("training_summary.json", "trainer_state.json")
 
 
 def repository_files(folder: Path) -> list[Path]:
@@ -112,7 +112,7 @@ def _trace_problems(folder: Path, files: list[Path]) -> list[str]:
         name = path.relative_to(folder).as_posix()
         if path.suffix not in (".json", ".md", ".txt", ".jinja", ".yaml", ".yml", ".csv"):
             continue
-        if name == "tokenizer.json" or path.stat().st_size > _MAX_TEXT:
+        if path.name in _VOCABULARIES or path.stat().st_size > _MAX_TEXT:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         found = [trace for trace in sorted(traces) if trace + os.sep in text]
@@ -122,31 +122,52 @@ def _trace_problems(folder: Path, files: list[Path]) -> list[str]:
             except ValueError as error:
                 problems.append(f"{name} is not JSON: {error}")
                 continue
-            if path.name in _CONFIGS:
-                paths = [f"{name}: `{key}` is a path of this machine: {value}" for key, value in _paths(content)]
-                problems += paths
-                found = [] if paths else found
-                base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-                if path.name == "adapter_config.json" and not _ABSOLUTE.fullmatch(str(base)):
-                    if not base or base.startswith(".") or os.path.exists(base):
-                        problems.append(
-                            f"{name}: `base_model_name_or_path` must be the base model's name on the Hub, got {base!r}"
-                        )
+            paths = [f"{name}: `{key}` is a path of this machine: {value}" for key, value in _paths(content)]
+            if paths:
+                way_out = "scripts/pack.py keeps only the last parts of such paths in the records of a run"
+                problems += paths if len(paths) <= 5 else [*paths[:5], f"{name}: {len(paths) - 5} more paths"]
+                problems += [f"{name}: {way_out}"] if path.name in RECORDS else []
+                found = []
+            base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+            if path.name == "adapter_config.json" and not _ABSOLUTE.fullmatch(str(base)):
+                if not base or base.startswith(".") or os.path.exists(base):
+                    problems.append(
+                        f"{name}: `base_model_name_or_path` must be the base model's name on the Hub, got {base!r}"
+                    )
         if found:
             problems.append(f"{name}: names a folder of this machine, {found[0]}")
     return problems
 
 
 def _paths(value, key: str = "") -> Iterator[tuple[str, str]]:
-    """Strings in a JSON document that are absolute paths, with the key that they stand under."""
+    """Strings in a JSON document that are absolute paths, names of fields too, with the key that they stand under."""
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _paths(item, f"{key}.{name}" if key else str(name))
+            if _ABSOLUTE.fullmatch(str(name)):
+                yield key or "a field", str(name)
+                yield from _paths(item, key)
+            else:
+                yield from _paths(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for item in value:
             yield from _paths(item, key)
     elif isinstance(value, str) and _ABSOLUTE.fullmatch(value):
         yield key, value
+
+
+def without_paths(content):
+    """A JSON document with the last part of every absolute path in it, values and names of fields; parts that are alike
+    are numbered, so that what was different stays so."""
+    names = local_names(path for _, path in _paths(content))
+
+    def change(value):
+        if isinstance(value, dict):
+            return {names.get(key, key): change(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [change(item) for item in value]
+        return names.get(value, value) if isinstance(value, str) else value
+
+    return change(content)
 
 
 def try_model(folder: str | os.PathLike, recording: str | os.PathLike, text: str = "This is a test.") -> dict:
@@ -248,4 +269,13 @@ def try_remote_code(folder: str | os.PathLike, recording: str | os.PathLike) -> 
         raise ValueError(f"It does not run with the code in its folder: {lines[-1]}")
 
 
-__all__ = ["MAX_FILE_BYTES", "PICKLES", "file_problems", "repository_files", "try_model", "try_remote_code"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "PICKLES",
+    "RECORDS",
+    "file_problems",
+    "repository_files",
+    "try_model",
+    "try_remote_code",
+    "without_paths",
+]
