@@ -249,7 +249,7 @@ def build_page(demo: Demo, title: str = "Mel-LLM"):
     is_new = "buttons" in inspect.signature(gradio.Image.__init__).parameters
     private = {"buttons": ["download"]} if is_new else {"show_share_button": False}
     one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
-    # gradio keeps what visitors send and get as files: every ten minutes, those older than an hour go, and all at the end
+    # gradio keeps what visitors send and get as files: every ten minutes, those older than an hour go
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown(
             f"# {html.escape(title)}\nA language model that reads spectrograms. "
