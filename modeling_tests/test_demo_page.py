@@ -175,6 +175,20 @@ def client(speaking):
         page.close()
 
 
+def test_recordings_do_not_stay_and_uploads_have_a_limit(speaking, monkeypatch):
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `demo`)")
+    from mel_llm import cli_demo, demo_page
+
+    demo, launched = Demo(*speaking, max_seconds=20), {}
+    page = build_page(demo)
+    assert page.delete_cache == (600, 3600)
+    monkeypatch.setattr(page, "launch", lambda **options: launched.update(options) or (None, "http://x", None))
+    monkeypatch.setattr(page, "block_thread", lambda: None)
+    monkeypatch.setattr(demo_page, "build_page", lambda *args: page)
+    cli_demo._serve(demo, "mel", "127.0.0.1", 0, 2, False)
+    assert 20 * 48000 * 8 < launched["max_file_size"] < 20 * 48000 * 8 + (2 << 20)
+
+
 def test_the_page_through_gradios_client(client, recording):
     from gradio_client import handle_file
 

@@ -9,13 +9,13 @@ import concurrent.futures
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-import tomllib
 from conftest import ROOT, build_tiny
 from test_serve import running_server
 
@@ -40,8 +40,9 @@ def test_the_entry_point_registers_both_architectures(monkeypatch):
 
 
 def entry_point() -> str:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project["entry-points"]["vllm.general_plugins"]["mel_llm"]
+    # Python 3.10 has no tomllib
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(r'^\[project\.entry-points\."vllm\.general_plugins"\]\nmel_llm = "(.+)"$', text, re.M)[1]
 
 
 @pytest.fixture(scope="module")

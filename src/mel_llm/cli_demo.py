@@ -68,7 +68,7 @@ def _serve(demo, name: str, host: str, port: int, queue_size: int, open_browser:
             share=False,
             quiet=True,
             ssr_mode=False,
-            max_file_size="1gb",
+            max_file_size=demo.max_bytes,
             prevent_thread_lock=True,
         )
     except OSError as error:

@@ -80,6 +80,8 @@ class Demo:
     def __init__(self, model, processor, max_seconds: float = 600.0, max_chars: int = 2000):
         self.model, self.processor = model, processor
         self.max_seconds, self.max_chars = max_seconds, max_chars
+        # The largest recording of that length that is likely: 48 kHz, stereo, 32 bit, and a header
+        self.max_bytes = math.ceil(max_seconds * 48000 * 2 * 4) + (1 << 20)
         self.rate = processor.feature_extractor.sampling_rate
         self.speaks = getattr(model, "vocoder", None) is not None
 
@@ -247,7 +249,8 @@ def build_page(demo: Demo, title: str = "Mel-LLM"):
     is_new = "buttons" in inspect.signature(gradio.Image.__init__).parameters
     private = {"buttons": ["download"]} if is_new else {"show_share_button": False}
     one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
-    with gradio.Blocks(title=title, analytics_enabled=False) as page:
+    # gradio keeps what visitors send and get as files: every ten minutes, those older than an hour go
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown(
             f"# {html.escape(title)}\nA language model that reads spectrograms. "
             "What is recorded and written here stays on the machine that this page runs on."
