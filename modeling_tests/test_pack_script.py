@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, build_tiny
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig
@@ -75,6 +76,36 @@ def test_a_folder_with_a_card_gets_its_model(script, run, tmp_path):
     script.pack(run, tmp_path / "card", torch.float16, "5GB")
     assert (tmp_path / "card" / "README.md").read_text() == "mine"
     assert json.loads((tmp_path / "card" / "config.json").read_text())["dtype"] == "float32"
+
+
+def change_weights(run, folder, change):
+    shutil.copytree(run, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def lose_the_speech_head(weights):
+    for name in [name for name in weights if "speech_head" in name]:
+        del weights[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose_the_speech_head, "missing keys, such as .*speech_head"),
+        (lambda weights: weights.update({"model.more": torch.zeros(2)}), "1 unexpected keys, such as .*more"),
+        (lambda weights: weights["model.language_model.norm.weight"].fill_(torch.nan), "not finite: .*norm.weight"),
+        (lambda weights: weights["model.language_model.norm.weight"].fill_(1e6), "float16 cannot hold .*norm.weight"),
+    ],
+    ids=["missing", "unexpected", "nan", "overflow"],
+)
+def test_a_damaged_run_is_not_packed_as_a_whole_model(script, run, tmp_path, change, message):
+    damaged = change_weights(run, tmp_path / "damaged", change)
+    with pytest.raises(ValueError, match=message):
+        script.pack(damaged, tmp_path / "x", torch.float16, "5GB")
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_what_cannot_be_packed_is_told(script, run, tmp_path):

@@ -182,6 +182,28 @@ DAMAGE = {
     ),
     "a trace": (lambda f: (f / "notes.md").write_text(f"See {f.parent.resolve()}/data"), "names a folder"),
     "broken JSON": (lambda f: (f / "generation_config.json").write_text("{"), "not JSON"),
+    **{
+        f"what is nobody's business: {name}": (
+            lambda f, name=name: (f / name).parent.mkdir(exist_ok=True) or (f / name).write_text("x"),
+            f"{name}.*--also",
+        )
+        for name in (
+            "id_rsa",
+            "server.key",
+            "credentials.json",
+            "wandb/run.json",
+            "runs/events.out",
+            "a.log",
+            "b.sqlite",
+            "samples/notes.txt",
+            "private/a.wav",
+        )
+    },
+    "a token": (lambda f: (f / "NOTICE.md").write_text("hf_" + "aB3" * 11), "NOTICE.md has a token of the Hub"),
+    "a key": (
+        lambda f: (f / "LICENSE").write_text("-----BEGIN OPENSSH PRIVATE KEY-----"),
+        "LICENSE has a private key",
+    ),
     "a link": (lambda f: (f / "link.txt").symlink_to(f / "README.md"), "link.txt is a link"),
 }
 
@@ -194,6 +216,21 @@ def test_folders_that_are_not_fit_to_be_published(push, hub, folder, damage):
     with pytest.raises(push.Refused, match=message):
         push.main([str(folder), "--repo", "ada/my-model"])
     assert hub.calls == []
+
+
+def test_other_files_are_asked_for_by_name(push, hub, folder):
+    (folder / "losses.csv").write_text("step,loss\n")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "a.pdf").write_bytes(b"%PDF")
+    (folder / "LICENSE").write_text("MIT")
+    more = ["--also", "losses.csv", "--also", "figures/*.pdf"]
+    push.main([str(folder), "--repo", "ada/my-model", *more])
+    assert {"losses.csv", "figures/a.pdf", "LICENSE"} <= set(hub.calls[-1][-1])
+    # A pattern allows a file, not what is in it
+    (folder / "losses.csv").write_text("token hf_" + "aB3" * 11)
+    with pytest.raises(push.Refused, match=r"losses\.csv has a token") as told:
+        push.main([str(folder), "--repo", "ada/my-model", *more])
+    assert "aB3" not in str(told.value)
 
 
 def test_files_that_are_too_large(push, hub, folder):

@@ -42,7 +42,7 @@ def load(run: Path) -> PreTrainedModel:
     """The model, with all heads that it has.
 
     Raises:
-        ValueError: There are only adapters.
+        ValueError: There are only adapters, or the weights are not all there, are not finite, or are another model's.
     """
     if (run / "adapter_config.json").is_file():
         raise ValueError(f"{run} holds adapters. Train with --merge_lora, or merge them, to pack a whole model.")
@@ -50,7 +50,22 @@ def load(run: Path) -> PreTrainedModel:
     if config.model_type != mel_llm.MelLLMConfig.model_type:
         raise ValueError(f"{run} holds a {config.model_type!r} and no Mel-LLM.")
     auto_class = AutoModelForSpeechSeq2Seq if config.speech_config is None else AutoModelForTextToWaveform
-    return auto_class.from_pretrained(run, dtype=torch.float32)
+    model, info = auto_class.from_pretrained(run, dtype=torch.float32, output_loading_info=True)
+    # transformers makes up what is missing and goes on
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(what) or ())):
+            raise ValueError(
+                f"{run} is damaged: its weights have {len(keys)} {what.replace('_', ' ')}, such as {keys[0]}."
+            )
+    check_finite(model, f"{run} has weights that are not finite")
+    return model
+
+
+def check_finite(model: PreTrainedModel, problem: str) -> None:
+    """Raises `ValueError` with the name of the first tensor that holds an infinity or a NaN."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{problem}: {name}.")
 
 
 def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
@@ -70,6 +85,7 @@ def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> No
     # Buffers too: the normalisation of features is needed with all its digits, and is small
     buffers = {name: value.clone() for name, value in model.named_buffers() if value.is_floating_point()}
     model.to(dtype)
+    check_finite(model, f"{dtype} cannot hold the weights of {run}, choose another --dtype")
     for name, value in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, value)

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
@@ -51,12 +52,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-file-mb", type=float, default=MAX_FILE_BYTES / 1e6, help="refuse larger files (the Hub's limit)"
     )
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="a file that models do not usually have and this one is to have, such as losses.csv or 'figures/*.pdf'; "
+        "may be repeated",
+    )
     return parser.parse_args(argv)
 
 
-def check(folder: Path, recording: Path, max_file_bytes: int) -> dict:
+def check(folder: Path, recording: Path, max_file_bytes: int, also: Sequence[str] = ()) -> dict:
     """Refuses a folder that is not fit to be published; says what the model did."""
-    problems = file_problems(folder, max_file_bytes)
+    problems = file_problems(folder, max_file_bytes, also)
     if problems:
         raise Refused("\n  ".join([f"{folder} cannot be published as it is:", *problems]))
     if not recording.is_file():
@@ -128,7 +137,7 @@ def main(argv: list[str]) -> None:
     if not arguments.dry_run and get_token() is None:
         raise Refused("there is no token: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
     folder = arguments.folder
-    did = check(folder, arguments.recording, round(arguments.max_file_mb * 1e6))
+    did = check(folder, arguments.recording, round(arguments.max_file_mb * 1e6), arguments.also)
     print(f"{folder}: {did['model_class']}; hears {arguments.recording.name} as {did['transcript']!r}", end="")
     print(f"; speaks ({did['seconds']:.2f} s)" if "seconds" in did else "")
     with contextlib.ExitStack() as stack:

@@ -1,12 +1,14 @@
 """What a folder must be before it goes to the Hub: whole, loadable, without pickles or traces of this machine."""
 
 import json
+import mmap
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .card_results import local_names
@@ -22,6 +24,22 @@ _ABSOLUTE = re.compile(r"(?:/|~[/\\]|[A-Za-z]:[\\/])[^\s/\\]+[/\\].*")
 # What is in a tokenizer's vocabulary is no path
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 _MAX_TEXT = 4 << 20
+# What a repository of a model consists of; in its folders, nothing but sound and pictures
+_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "*_config.json", "training_summary.json"),
+    *("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "results.json"),
+    *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "chat_template.json", "*.jinja"),
+    *("*_mel_llm.py", "modeling_mel_llm_*.py", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "CITATION.*"),
+)
+_FOLDERS = ("samples", "images", "assets", "media")
+_MEDIA = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".png", ".jpg", ".jpeg", ".webp", ".svg", ".gif")
+_SECRETS = {
+    "a token of the Hub (hf_...)": rb"hf_[A-Za-z0-9]{30,}",
+    "a private key": rb"BEGIN [A-Z ]*PRIVATE KEY",
+    "a token of GitHub": rb"gh[pousr]_[A-Za-z0-9]{36}",
+    "a key of AWS": rb"(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])",
+}
 # What a training run writes beside its model, and the card is filled from
 RECORDS = ("training_summary.json", "trainer_state.json")
 
@@ -35,12 +53,16 @@ def repository_files(folder: Path) -> list[Path]:
     return found
 
 
-def file_problems(folder: str | os.PathLike, max_file_bytes: int = MAX_FILE_BYTES) -> list[str]:
+def file_problems(
+    folder: str | os.PathLike, max_file_bytes: int = MAX_FILE_BYTES, also: Sequence[str] = ()
+) -> list[str]:
     """What is wrong with the files of a folder with a model or adapters, one line each; nothing is loaded.
 
     Args:
         folder: The folder.
         max_file_bytes (`int`): Files must not be larger.
+        also: Patterns of files that may be there although models do not usually have them, such as `"losses.csv"` or
+            `"figures/*.pdf"`.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -58,6 +80,13 @@ def file_problems(folder: str | os.PathLike, max_file_bytes: int = MAX_FILE_BYTE
     pickles = [name for name in names if name.lower().endswith(PICKLES)]
     if pickles:
         problems.append(f"files that may hold pickles, and weights belong in safetensors: {', '.join(pickles[:5])}")
+    unusual = [name for name in names if not _belongs(name, also) and name not in pickles]
+    if unusual:
+        more = f" and {len(unusual) - 5} more" if len(unusual) > 5 else ""
+        problems.append(
+            f"files that are no part of a model, which anybody could read: {', '.join(unusual[:5])}{more}. Take them "
+            "away, or name what is meant to be there with --also PATTERN"
+        )
     for path, name in zip(files, names, strict=True):
         if path.is_symlink():
             problems.append(f"{name} is a link: put the file itself there")
@@ -67,7 +96,30 @@ def file_problems(folder: str | os.PathLike, max_file_bytes: int = MAX_FILE_BYTE
             problems.append(f"{name} has {size / 1e6:,.1f} MB, more than {max_file_bytes / 1e6:,.1f}")
         elif size == 0:
             problems.append(f"{name} is empty")
+        else:
+            problems += [f"{name} has {secret} in it: take it out, and revoke it" for secret in _secrets(path)]
     return [*problems, *_weights_problems(folder, names), *_card_problems(folder), *_trace_problems(folder, files)]
+
+
+def _belongs(name: str, also: Sequence[str]) -> bool:
+    """Whether a repository of a model may have a file of this name."""
+    if any(fnmatchcase(name, pattern) for pattern in also):
+        return True
+    folder, _, base = name.rpartition("/")
+    if folder == "additional_chat_templates":
+        return base.endswith(".jinja")
+    is_media = base.lower().endswith(_MEDIA)
+    if folder:
+        return is_media and folder.split("/")[0] in _FOLDERS
+    return is_media or any(fnmatchcase(base, pattern) for pattern in _FILES)
+
+
+def _secrets(path: Path) -> list[str]:
+    """What nobody else may read in a file, by kind: the message is no place for it either."""
+    if path.suffix == ".safetensors" or path.name.lower().endswith(_MEDIA):
+        return []
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [kind for kind, pattern in _SECRETS.items() if re.search(pattern, content)]
 
 
 def _is_left_behind(path: Path) -> bool:
