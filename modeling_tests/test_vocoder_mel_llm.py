@@ -242,10 +242,11 @@ def test_new_weights_are_not_left_to_chance(front_end):
 def test_the_weights_live_in_a_larger_model(front_end, frames, tmp_path):
     kind, kwargs = VOCODERS["istft"]
     speech = {"postnet_layers": 0}
-    vocoder_config = MelLLMVocoderConfig.from_feature_extractor(front_end[0], vocoder_type=kind, vocoder_kwargs=kwargs)
+    extractor = front_end[0]
+    vocoder_config = MelLLMVocoderConfig.from_feature_extractor(extractor, vocoder_type=kind, vocoder_kwargs=kwargs)
     config = MelLLMConfig(
         text_config=tiny_text_config(),
-        audio_config=TINY_AUDIO,
+        audio_config={**TINY_AUDIO, "hop_length": extractor.hop_length},
         speech_config=speech,
         vocoder_config=vocoder_config,
         audio_token_id=3,
