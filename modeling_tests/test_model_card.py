@@ -305,6 +305,20 @@ def test_paths_of_a_machine_leave_commands_and_addresses_stay():
     assert without_local_paths(command) == expected
 
 
+def test_keys_leave_commands():
+    command = "train.py --hub_token hf_abcdefghij1 --token=abc --api-key k1 --max_new_tokens 128 --eval_data a"
+    assert without_local_paths(command) == (
+        "train.py --hub_token ... --token=... --api-key ... --max_new_tokens 128 --eval_data a"
+    )
+    assert without_local_paths("HF_TOKEN=hf_abcdefghij1 train.py") == "HF_TOKEN=... train.py"
+
+
+@pytest.mark.parametrize("rate", [-0.1, 12.5])
+def test_rates_that_are_none_are_refused(model_folder, rate):
+    with pytest.raises(ValueError, match="`wer` is .* a rate is a ratio"):
+        create_model_card(model_folder, evaluations=[{"metrics": {"wer": rate}, "dataset": "mine"}])
+
+
 def test_places_that_end_alike_stay_apart():
     assert local_names(["/a/speech", "/b/speech", "/a/speech", "c.txt"]) == {
         "/a/speech": "speech",

@@ -25,11 +25,18 @@ _METRICS = {
     "guarded": ("ended by a guard, %", "{:.1f}", 100),
     "loss": ("loss", "{:.4f}", 1),
 }
+_RATES = ("wer", "cer", "guarded")
 # How good it is, in the metadata; the others depend on the machine or say nothing by themselves
 _PUBLISHED = ("wer", "cer", "similarity", "mcd", "mel_l1")
 # Of a training run: how long something took is no result of the model
 _NO_RESULT = re.compile(r"(runtime|_per_second|epoch|model_preparation_time|mem_|jit_compilation)")
 _LOCAL_PATH = re.compile(r"(?<![\w.:/~\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s,'\"=:/\\]+[/\\])*([^\s,'\"=:/\\]+)")
+# What a command should not have held: the Hub's tokens, and the values of options that are named after one
+_SECRET = re.compile(
+    r"\bhf_\w{8,}|(--?(?:\w+[-_])*(?:token|api[-_]?key|password|secret)(?:\s+|=))[^\s-]\S*", re.IGNORECASE
+)
+# An error rate above this is a percentage, or of another thing
+_MOST_ERRORS = 3.0
 
 
 @dataclass
@@ -123,8 +130,9 @@ def local_names(places: Iterable[str]) -> dict[str, str]:
 
 
 def without_local_paths(text: str) -> str:
-    """A command line without the folders of its machine: `/home/me/speech,split=test` is `speech,split=test`."""
-    return _LOCAL_PATH.sub(lambda match: match.group(1), text)
+    """A command line without the folders of its machine, and without keys: `/home/me/speech,split=test` is
+    `speech,split=test`, and `--hub_token hf_abc` is `--hub_token ...`."""
+    return _LOCAL_PATH.sub(lambda match: match.group(1), _SECRET.sub(lambda match: f"{match.group(1) or ''}...", text))
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -143,7 +151,7 @@ def read_evaluation(source, model_name: str) -> Evaluation:
         model_name (`str`): Tells which of several systems is the card's model.
 
     Raises:
-        ValueError: It is no JSON, has no numbers, or does not say on what they were measured.
+        ValueError: It is no JSON, has no numbers, has a rate that is none, or does not say on what they were measured.
         OSError: The file cannot be read.
     """
     given = dict(source) if isinstance(source, dict) else {"file": source}
@@ -166,6 +174,12 @@ def read_evaluation(source, model_name: str) -> Evaluation:
     scores = scores_of(numbers)
     if not scores:
         raise ValueError(f"{label} has no numbers: expected error rates, such as `wer`, by name.")
+    for score in scores:
+        if score.metric in _RATES and not 0 <= score.value <= _MOST_ERRORS:
+            raise ValueError(
+                f"{label}: `{score.metric}` is {score.value:g}; a rate is a ratio, 0.125 for 12.5 %, and not above "
+                f"{_MOST_ERRORS:g}."
+            )
     dataset = given.get("dataset")
     if isinstance(dataset, dict):
         given = {**dataset, **given}

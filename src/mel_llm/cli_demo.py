@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Open a page to record or upload speech, see what the model reads and writes, and let it speak.
 
-    Only this machine can reach the page, and nothing leaves it. It needs gradio: pip install "mel-llm[demo]".
+    Only this machine can reach the page, and nothing leaves it. It needs gradio: pip install gradio.
     """
     if model is None:
         fail("no model: pass --model FOLDER, or set MEL_LLM_MODEL.")
@@ -36,7 +36,7 @@ def _load(model: str, device: str | None, dtype: str, max_seconds: float, max_ch
     try:
         import gradio  # noqa: F401
     except ImportError:
-        fail('the demo page needs gradio: pip install "mel-llm[demo]", or pip install gradio.')
+        fail("the demo page needs gradio: pip install gradio.")
     from transformers import AutoConfig
 
     import mel_llm

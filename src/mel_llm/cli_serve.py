@@ -59,7 +59,9 @@ def serve_speech(
         try:
             from .serving import speech  # late: `mel-llm --help` need not wait for torch
         except ImportError as error:
-            fail(f'serve-speech needs {error.name}: pip install "mel-llm[serve]".')
+            fail(
+                f"serve-speech needs {error.name}: pip install fastapi uvicorn pydantic, or this package's extra `serve`."
+            )
         listener = _listen(host, port)  # before the model is loaded, which may take long
         limits = speech.Limits(max_queue=max_queue, max_chars=max_chars, max_seconds=max_seconds)
         voices: dict[str, speech.Voice] = {}

@@ -224,7 +224,7 @@ def build_page(demo: Demo, title: str = "Mel-LLM"):
         import gradio
     except ImportError as error:
         raise ImportError(
-            'The demo page needs gradio: `pip install "mel-llm[demo]"` or `pip install gradio`.'
+            "The demo page needs gradio: `pip install gradio`, or this package's extra `demo`."
         ) from error
 
     def explained(function, picture):

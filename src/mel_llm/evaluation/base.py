@@ -8,7 +8,7 @@ try:
     import evaluate
 except ImportError as error:
     raise ImportError(
-        'mel_llm.evaluation needs the package evaluate: `pip install "mel-llm[train]"` brings it with the others.'
+        "mel_llm.evaluation needs the package evaluate: `pip install evaluate jiwer`, or this package's extra `train`."
     ) from error
 
 # `evaluate.combine` hands every metric the keyword arguments of all. Each metric here takes its own and passes over

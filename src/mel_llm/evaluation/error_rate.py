@@ -14,7 +14,7 @@ try:
     import jiwer
 except ImportError as error:
     raise ImportError(
-        'The error rates need the package jiwer: `pip install "mel-llm[train]"` brings it with the others.'
+        "The error rates need the package jiwer: `pip install evaluate jiwer`, or this package's extra `train`."
     ) from error
 
 

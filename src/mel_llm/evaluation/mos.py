@@ -29,7 +29,9 @@ class DNSMOS:
         try:
             from speechmos import dnsmos
         except ImportError as error:  # the package does not declare what it needs
-            raise ImportError(f'--mos dnsmos: {error}. Install it with `pip install "mel-llm[tts-eval]"`.') from error
+            raise ImportError(
+                f'--mos dnsmos: {error}. This package\'s extra `tts-eval` brings it: `pip install -e ".[tts-eval]"` in a clone.'
+            ) from error
         self._run = dnsmos.run
         self.description = f"speechmos {importlib.metadata.version('speechmos')} dnsmos"
 

@@ -88,8 +88,8 @@ def _whisper_basic() -> Callable[[str], str]:
 
 
 _MISSING = (
-    'The text normalizer "{name}" needs the package whisper-normalizer: `pip install whisper-normalizer`, or '
-    '`pip install "mel-llm[train]"` for everything that training and evaluation use.'
+    'The text normalizer "{name}" needs the package whisper-normalizer: `pip install whisper-normalizer`. '
+    "This package's extra `train` brings everything that training and evaluation use."
 )
 _FACTORIES = {
     "none": lambda: _unchanged,

@@ -36,8 +36,8 @@ class ResemblyzerEncoder:
                 from resemblyzer.hparams import audio_norm_target_dBFS
         except ImportError as error:
             raise ImportError(
-                f'--speaker_encoder resemblyzer: {error}. Install it with `pip install "mel-llm[tts-eval]"` and '
-                "`pip install --no-deps resemblyzer`."
+                f"--speaker_encoder resemblyzer: {error}. Install this package's extra `tts-eval`, "
+                '`pip install -e ".[tts-eval]"` in a clone, and `pip install --no-deps resemblyzer`.'
             ) from error
         self._normalize = lambda audio: normalize_volume(audio, audio_norm_target_dBFS, increase_only=True)
         self._trim = trim_long_silences
