@@ -52,7 +52,7 @@ def find_spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 _SILENCE_DBFS = -72.0
 
 
-def _silence_threshold(feature_extractor: MelLLMFeatureExtractor) -> float:
+def silence_threshold(feature_extractor: MelLLMFeatureExtractor) -> float:
     """The greatest mean log-mel that the frames of one second of such noise have, in this extractor's units."""
     noise = torch.randn(feature_extractor.sampling_rate, generator=torch.Generator().manual_seed(0))
     features = feature_extractor(
@@ -116,7 +116,7 @@ def from_text_llm(
         if ours != theirs:
             raise ValueError(f"`audio_config` has {name} {ours}, but `feature_extractor` has {theirs}.")
     if audio_config.silence_threshold is None:
-        audio_config.silence_threshold = _silence_threshold(feature_extractor)
+        audio_config.silence_threshold = silence_threshold(feature_extractor)
     instruction = {} if transcription_instruction is None else {"transcription_instruction": transcription_instruction}
     processor = MelLLMProcessor(
         feature_extractor,
