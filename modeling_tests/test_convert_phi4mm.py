@@ -296,12 +296,14 @@ def test_training_goes_on(converter, checkpoints, script, folder, tmp_path):  # 
             assert change > 0 and (change < 0.05 if source is adapter else after[factor].abs().max() < 0.05)
             stem = "base_model.model.model.audio_embedder.conv.out.weight"
             assert not torch.equal(after[stem], before[stem])
-    assert (
-        script.prepare(
-            words(folder, tmp_path / "run-adapter-6", "--model_name_or_path", str(adapter), "--max_steps", "2", *lora)
-        )
-        is None
-    )
+    assert json.loads((tmp_path / "run-adapter-6" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(adapter / "base")
+    # The same command with more steps goes on from the checkpoint, also where adapter and base were moved meanwhile
+    moved = adapter.rename(tmp_path / "moved")
+    longer = words(folder, tmp_path / "run-adapter-6", "--model_name_or_path", str(moved), "--max_steps", "3", *lora)
+    assert train(script, *longer).trainer.state.global_step == 3
+    adapter = moved
     for wrong, what in (([], "--lora"), (["--lora", "paper"], "320")):
         with pytest.raises(ValueError, match=what):
             script.prepare(

@@ -27,7 +27,8 @@ from ..vocoder_mel_llm import build_vocoder
 _SPARE_TOKENS = (
     r"<\|audio\|>",
     r"<\|reserved_special_token_\d+\|>",  # Llama 3
-    r"<\|endoftext1\d\|>",  # Phi-4, whose multimodal sibling uses <|endoftext11|>
+    r"<\|endoftext11\|>",  # Phi-4, whose multimodal sibling has its audio there
+    r"<\|endoftext1\d\|>",
     r"<\|placeholder\d+\|>",  # Phi-3
     r"<unused\d+>",  # Gemma
     r"<SPECIAL_\d+>",  # Mistral
@@ -213,6 +214,10 @@ def _decoder_and_head(text_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.
         raise ValueError(
             f"`text_model` must be a transformers model or config without adapters, got {type(text_model).__name__}. Merge them into "
             "the model first: `peft_model.merge_and_unload()`."
+        )
+    if text_model.config.model_type == "phi4_multimodal":
+        raise ValueError(
+            "`text_model` is a Phi-4-multimodal, which scripts/convert_phi4mm.py converts with its audio side."
         )
     text_config = text_model.config.get_text_config(decoder=True)
     head = text_model.get_output_embeddings()
