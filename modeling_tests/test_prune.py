@@ -127,7 +127,7 @@ def test_the_script_makes_what_train_goes_on_with(converter, script, folder, big
     trained = AutoModelForTextToWaveform.from_pretrained(tmp_path / "run")
     assert trained.model.audio_embedder.normalizer.global_mean.abs().min() > 1  # it was measured
 
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(FileExistsError, match="not an empty folder"):
         converter.main(arguments)
     with pytest.raises(SystemExit):
         converter.parse_arguments([str(tmp_path), "--output_dir", "x", "--vocab_size", "5"])

@@ -86,7 +86,7 @@ def test_tokenizer_writes_anything():
     [
         (["<|reserved_special_token_0|>"], "<|reserved_special_token_0|>"),
         (["<unused0>", "<unused1>"], "<unused0>"),
-        (["<|endoftext11|>", "<|endoftext12|>"], "<|endoftext11|>"),
+        (["<|endoftext10|>", "<|endoftext11|>"], "<|endoftext11|>"),
         ([], None),
     ],
 )

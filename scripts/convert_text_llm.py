@@ -1,7 +1,7 @@
 """Makes an untrained Mel-LLM of any causal language model, if need be a smaller one.
 
     python scripts/convert_text_llm.py HuggingFaceTB/SmolLM2-135M-Instruct --output_dir runs/start
-    python scripts/convert_text_llm.py FOLDER --gguf_file model.Q4_1.gguf --output_dir runs/start \\
+    python scripts/convert_text_llm.py FOLDER/model.Q4_1.gguf --output_dir runs/start \\
         --layers 0-5,28,29 --vocab_size 8000 --vocab_texts sentences.txt --audio_config '{"reduction_factor": 4}' --speaks
 
 `scripts/train.py --model_name_or_path runs/start` trains it, and measures the normalisation of features first.
@@ -28,15 +28,23 @@ from mel_llm import (
     MelLLMSpeechConfig,
     MelLLMVocoderConfig,
 )
-from mel_llm.conversion import find_spare_token, from_text_llm, keep_layers, parse_layers, prune_vocabulary
+from mel_llm.conversion import (
+    check_new_folder,
+    find_spare_token,
+    from_text_llm,
+    keep_layers,
+    new_folder,
+    parse_layers,
+    prune_vocabulary,
+)
 from mel_llm.training import count_parameters
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder or Hub name of a causal language model")
+    parser.add_argument("model", help="a causal language model: a folder, a GGUF file, or a name on the Hub")
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder")
-    parser.add_argument("--gguf_file", help="the file in it to read")
+    parser.add_argument("--gguf_file", help="the GGUF file in that folder or repository")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--layers", help="keep these, e.g. 0-5,28,29; all when left out")
@@ -66,6 +74,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         unknown = sorted(getattr(arguments, name).keys() - config.to_dict().keys())
         if unknown:
             parser.error(f"--{name}: {type(config).__name__} has no field {', '.join(unknown)}.")
+    path = Path(arguments.model)
+    if path.is_file() and arguments.gguf_file is None:
+        if path.suffix.lower() != ".gguf":
+            parser.error(f"{path} is a file, and no GGUF file. Give the folder of the model.")
+        arguments.model, arguments.gguf_file = str(path.parent), path.name
     return arguments
 
 
@@ -75,8 +88,7 @@ def convert(arguments: argparse.Namespace):
     Raises:
         OSError, ValueError: Something is not there, or does not fit.
     """
-    if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
-        raise FileExistsError(f"{arguments.output_dir} is not empty. Choose another --output_dir.")
+    check_new_folder(arguments.output_dir)
     layers = None if arguments.layers is None else parse_layers(arguments.layers)
     audio_config = MelLLMAudioConfig(**arguments.audio_config)
     options = {"revision": arguments.revision}
@@ -124,13 +136,9 @@ def prompt_texts(tokenizer, arguments: argparse.Namespace) -> list[str]:
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     model, processor = convert(arguments)
-    partial = arguments.output_dir.with_name(f".{arguments.output_dir.name}.partial")
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    arguments.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.output_dir.exists():
-        arguments.output_dir.rmdir()
-    os.replace(partial, arguments.output_dir)
+    with new_folder(arguments.output_dir) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
     text_config = model.config.text_config
     print(
         f"{arguments.output_dir}: {count_parameters(model)[1]:,} parameters, {text_config.num_hidden_layers} layers, "

@@ -302,10 +302,6 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
     if model_args.attn_implementation:
         loading["attn_implementation"] = model_args.attn_implementation
     if model_args.gguf_file is None:
-        if (Path(name) / "adapter_config.json").is_file():
-            raise ValueError(
-                f"--model_name_or_path: {name} holds adapters. Merge them first: its command again, with --merge_lora."
-            )
         if AutoConfig.from_pretrained(name, **options).model_type == MelLLMConfig.model_type:
             if audio_fields or model_args.transcription_instruction is not None:
                 raise ValueError(f"--audio_config and --transcription_instruction are for new models; {name} is one.")
@@ -325,6 +321,28 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
         **(new_speech_side(model_args) if speaks else {}),
     )
     return model, processor, True
+
+
+def find_adapters(model_args: ModelArguments) -> tuple[str | None, ModelArguments]:
+    """The folder of adapters to go on with, if `--model_name_or_path` is one, and the arguments with their base instead."""
+    name = model_args.model_name_or_path
+    path = Path(name or "") / "adapter_config.json"
+    if name is None or not path.is_file():
+        return None, model_args
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if model_args.lora is None:
+        raise ValueError(
+            f"--model_name_or_path: {name} holds adapters. Go on with them by --lora, or merge them first: its command "
+            "again, with --merge_lora."
+        )
+    preset = LORA_PRESETS.get(model_args.lora, {})
+    for key in ("r", "lora_alpha"):
+        asked = getattr(model_args, f"lora_{key.removeprefix('lora_')}") or preset.get(key)
+        if before[key] != asked:
+            raise ValueError(f"--model_name_or_path: {name} has adapters with {key} {before[key]}, not {asked}.")
+    base = path.with_name("base")  # beside them, unless the folder was moved without it
+    place = str(base) if base.is_dir() else before["base_model_name_or_path"]
+    return name, replace(model_args, model_name_or_path=place)
 
 
 def new_speech_side(model_args: ModelArguments, extractor: MelLLMFeatureExtractor | None = None) -> dict:
@@ -414,12 +432,18 @@ def push_base(folder, training_args) -> str:
     return repo
 
 
-def add_lora(model, processor, model_args: ModelArguments, training_args, needs_base: bool):
-    """The model with adapters. They need a Mel-LLM to be adapters of; one that is new, or has new parts, is saved beside
-    them."""
-    from peft import get_peft_model
+def add_lora(
+    model, processor, model_args: ModelArguments, training_args, needs_base: bool, adapters: str | None = None
+):
+    """The model with adapters: new ones, or those of a folder. They need a Mel-LLM to be adapters of; one that is new, or
+    has new parts, is saved beside them."""
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     name = model.name_or_path
+    if adapters is not None and needs_base:
+        raise ValueError(
+            f"--model_name_or_path: {adapters} holds adapters; merge them before the model gets new parts."
+        )
     if needs_base:
         name = Path(training_args.output_dir) / "base"
         if name.exists() and finished_config_type(name) != MelLLMConfig.model_type:
@@ -437,6 +461,12 @@ def add_lora(model, processor, model_args: ModelArguments, training_args, needs_
         name = push_base(name, training_args)
     # The adapter's config names its base, from wherever it is loaded
     model.config._name_or_path = model.name_or_path = os.path.abspath(name) if os.path.isdir(name) else str(name)
+    if adapters is not None:
+        config = PeftConfig.from_pretrained(adapters)
+        config.base_model_name_or_path = model.name_or_path
+        if model_args.lora_dropout is not None:
+            config.lora_dropout = model_args.lora_dropout
+        return PeftModel.from_pretrained(model, adapters, config=config, is_trainable=True)
     fields = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
     fields = {key: value for key, value in fields.items() if value is not None}
     return get_peft_model(model, lora_config(model, model_args.lora, **fields))
@@ -573,6 +603,7 @@ def prepare(argv: list[str]) -> Run | None:
             model_name_or_path=checkpoint if model_args.lora is None else began_with,
             **{name: getattr(ModelArguments, name) for name in (*NEW_MODELS_ONLY, *NEW_SPEECH_HEADS_ONLY)},
         )
+    adapters, model_args = find_adapters(model_args)
     model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), speaks)
     set_vocoder(model, processor, model_args.vocoder)
     if isinstance(model, MelLLMForTextToSpeech):
@@ -650,7 +681,7 @@ def prepare(argv: list[str]) -> Run | None:
         export_remote_code(processor)
     if model_args.lora is not None:
         needs_base = is_new or is_changed(model, model_args)
-        model = add_lora(model, processor, model_args, training_args, needs_base)
+        model = add_lora(model, processor, model_args, training_args, needs_base, adapters)
     if model_args.freeze:
         freeze(model, model_args.freeze)
     logger.info("{:,} of {:,} parameters are trained.".format(*count_parameters(model)))

@@ -27,7 +27,8 @@ from ..vocoder_mel_llm import build_vocoder
 _SPARE_TOKENS = (
     r"<\|audio\|>",
     r"<\|reserved_special_token_\d+\|>",  # Llama 3
-    r"<\|endoftext1\d\|>",  # Phi-4, whose multimodal sibling uses <|endoftext11|>
+    r"<\|endoftext11\|>",  # Phi-4, whose multimodal sibling has its audio there
+    r"<\|endoftext1\d\|>",
     r"<\|placeholder\d+\|>",  # Phi-3
     r"<unused\d+>",  # Gemma
     r"<SPECIAL_\d+>",  # Mistral
@@ -52,7 +53,7 @@ def find_spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 _SILENCE_DBFS = -72.0
 
 
-def _silence_threshold(feature_extractor: MelLLMFeatureExtractor) -> float:
+def silence_threshold(feature_extractor: MelLLMFeatureExtractor) -> float:
     """The greatest mean log-mel that the frames of one second of such noise have, in this extractor's units."""
     noise = torch.randn(feature_extractor.sampling_rate, generator=torch.Generator().manual_seed(0))
     features = feature_extractor(
@@ -116,7 +117,7 @@ def from_text_llm(
         if ours != theirs:
             raise ValueError(f"`audio_config` has {name} {ours}, but `feature_extractor` has {theirs}.")
     if audio_config.silence_threshold is None:
-        audio_config.silence_threshold = _silence_threshold(feature_extractor)
+        audio_config.silence_threshold = silence_threshold(feature_extractor)
     instruction = {} if transcription_instruction is None else {"transcription_instruction": transcription_instruction}
     processor = MelLLMProcessor(
         feature_extractor,
@@ -213,6 +214,10 @@ def _decoder_and_head(text_model: PreTrainedModel) -> tuple[PreTrainedModel, nn.
         raise ValueError(
             f"`text_model` must be a transformers model or config without adapters, got {type(text_model).__name__}. Merge them into "
             "the model first: `peft_model.merge_and_unload()`."
+        )
+    if text_model.config.model_type == "phi4_multimodal":
+        raise ValueError(
+            "`text_model` is a Phi-4-multimodal, which scripts/convert_phi4mm.py converts with its audio side."
         )
     text_config = text_model.config.get_text_config(decoder=True)
     head = text_model.get_output_embeddings()

@@ -1,0 +1,172 @@
+"""scripts/convert_text_llm.py: any causal language model, from a folder, a GGUF file or the Hub, to an untrained Mel-LLM."""
+
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_AUDIO, tiny_text_config
+from phi4mm_checkpoints import phi4_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline, set_seed
+
+
+AUDIO = ["--audio_config", json.dumps(TINY_AUDIO)]
+
+
+@pytest.fixture(scope="module")
+def converter():
+    path = ROOT / "scripts" / "convert_text_llm.py"
+    spec = importlib.util.spec_from_file_location("convert_text_llm", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["convert_text_llm"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def language_model(model_type="llama", **overrides):
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_text_config(model_type, **overrides)).eval()
+
+
+def save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def check_scores(output, text_model, atol=1e-5):
+    """The language model is what it was, and what is new lets sound through."""
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(output, dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids=ids).logits[..., :300], text_model(input_ids=ids).logits[..., :300], rtol=0, atol=atol
+        )
+        features = torch.randn(1, 40, 80)
+        assert model.get_audio_features(features).pooler_output.std() > 1e-3
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "phi3"])
+def test_a_folder(converter, tokenizer, speech_clips, tmp_path, model_type, capsys):
+    text_model = language_model(model_type)
+    source = save(text_model, tokenizer, tmp_path / "llm")
+    converter.main([source, "--output_dir", str(tmp_path / "out"), *AUDIO])
+    model = check_scores(tmp_path / "out", text_model)
+    # The tokenizer's own <|audio|> is reused, so that nothing was added and nothing resized
+    assert model.config.vocab_size == text_model.config.vocab_size and "'<|audio|>'" in capsys.readouterr().out
+    assert len(AutoProcessor.from_pretrained(tmp_path / "out").tokenizer) == len(tokenizer)
+    recogniser = pipeline("automatic-speech-recognition", model=str(tmp_path / "out"))
+    assert isinstance(recogniser(speech_clips[0]["array"])["text"], str)
+
+
+def write_gguf(model, tokenizer, path):
+    """A Llama as llama.cpp's converter writes it."""
+    gguf = pytest.importorskip("gguf", reason="writing and reading GGUF files needs the package gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = {entry["content"] for entry in state["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+
+    def permuted(value: np.ndarray, heads: int) -> np.ndarray:
+        rows, columns = value.shape
+        return np.ascontiguousarray(
+            value.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        )
+
+    names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{f"self_attn.{part}_proj": f"attn_{'output' if part == 'o' else part}" for part in "qkvo"},
+        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+    }
+    for name, value in model.state_dict().items():
+        array = value.float().numpy()
+        if name == "model.embed_tokens.weight":
+            writer.add_tensor("token_embd.weight", array)
+        elif name == "model.norm.weight":
+            writer.add_tensor("output_norm.weight", array)
+        elif name != "lm_head.weight":
+            _, _, layer, module = name.removesuffix(".weight").split(".", 3)
+            if module[-6:] in ("q_proj", "k_proj"):
+                heads = config.num_attention_heads if module[-6] == "q" else config.num_key_value_heads
+                array = permuted(array, heads)
+            writer.add_tensor(f"blk.{layer}.{names[module]}.weight", array)
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        step()
+
+
+def test_a_gguf_file(converter, tokenizer, tmp_path):
+    text_model = language_model(vocab_size=len(tokenizer))
+    write_gguf(text_model, tokenizer, tmp_path / "tiny.gguf")
+    converter.main([str(tmp_path / "tiny.gguf"), "--output_dir", str(tmp_path / "out"), *AUDIO])
+    model = check_scores(tmp_path / "out", text_model)
+    assert not hasattr(model.config.text_config, "quantization_config")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    text = "What is said in it."
+    assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    converter.main([str(tmp_path), "--gguf_file", "tiny.gguf", "--output_dir", str(tmp_path / "again"), *AUDIO])
+    check_scores(tmp_path / "again", text_model)
+
+
+def test_what_cannot_be_converted_is_named(converter, tokenizer, tmp_path):
+    output = ["--output_dir", str(tmp_path / "out"), *AUDIO]
+    phi4_words = phi4_tokenizer(["hello"])
+    phi4 = save(tiny_model(phi4_words), phi4_words, tmp_path / "phi4")
+    with pytest.raises(ValueError, match="scripts/convert_phi4mm.py"):
+        converter.main([phi4, *output])
+    with pytest.raises(OSError, match="nowhere"):
+        converter.main([str(tmp_path / "nowhere"), *output])
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(SystemExit):
+        converter.main([str(tmp_path / "weights.bin"), *output])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_conversion(converter, tokenizer, tmp_path, monkeypatch):
+    text_model = language_model()
+    source = save(text_model, tokenizer, tmp_path / "llm")
+    arguments = [source, "--output_dir", str(tmp_path / "out"), *AUDIO]
+    stale = tmp_path / ".out.partial"  # of a run that was killed
+    stale.mkdir()
+    (stale / "model-00001-of-00002.safetensors").write_bytes(b"half")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mel_llm.MelLLMProcessor.save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            converter.main(arguments)
+    assert not stale.exists() and not (tmp_path / "out").exists()
+    converter.main(arguments)
+    assert not list((tmp_path / "out").glob("model-*"))
+    check_scores(tmp_path / "out", text_model)
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        converter.main(arguments)
