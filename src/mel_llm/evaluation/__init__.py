@@ -1,6 +1,9 @@
 """Measuring transcripts and speech: error rates and speed as `evaluate` metrics that work offline, text normalisation, and
 the evaluation of models that transcribe and of models that speak."""
 
+from .answer_accuracy import AnswerAccuracy
+from .answer_report import answer_tables, summarize_answers
+from .answer_systems import Answerer, make_answerer
 from .asr_report import asr_table, compare_speed, summarize_asr
 from .bootstrap import bootstrap_interval
 from .cer import CharacterErrorRate
@@ -27,6 +30,8 @@ from .wer import WordErrorRate
 __all__ = [
     "BENCHMARKS",
     "TEXT_NORMALIZERS",
+    "AnswerAccuracy",
+    "Answerer",
     "AudioFolder",
     "CharacterErrorRate",
     "ClipEvaluation",
@@ -43,6 +48,7 @@ __all__ = [
     "Transcriber",
     "Utterance",
     "WordErrorRate",
+    "answer_tables",
     "asr_table",
     "bootstrap_interval",
     "choose_voices",
@@ -56,10 +62,12 @@ __all__ = [
     "load_recognizer",
     "load_speaker_encoder",
     "load_utterances",
+    "make_answerer",
     "make_compute_metrics",
     "make_judges",
     "make_transcriber",
     "speech_table",
+    "summarize_answers",
     "summarize_asr",
     "summarize_speech",
 ]

@@ -338,10 +338,12 @@ def _standardise(
     instruction = source.instruction_column
     if instruction is not None:
         _find_column(source, names, "instruction_column", ())
-    elif source.instruction is None and source.text_column is None and set(TEXT_COLUMNS).isdisjoint(names):
-        # Data with transcripts beside its questions is read for them, unless the columns are named
-        instruction = next((name for name in INSTRUCTION_COLUMNS if name in names), None)
-        instruction = None if set(ANSWER_COLUMNS).isdisjoint(names) else instruction
+    elif source.instruction is None:
+        # Data with transcripts beside its questions is read for them, unless answers are asked for or columns named
+        has_answers = source.text_column is None and set(TEXT_COLUMNS).isdisjoint(names)
+        has_answers = has_answers and not set(ANSWER_COLUMNS).isdisjoint(names)
+        if has_answers or text_columns is not None:
+            instruction = next((name for name in INSTRUCTION_COLUMNS if name in names), None)
     if text_columns is None:
         text_columns = TEXT_COLUMNS if instruction is None and source.instruction is None else ANSWER_COLUMNS
     has_text = needs_text or source.text_column is not None or not set(text_columns).isdisjoint(names)
@@ -435,6 +437,8 @@ class _ToColumns:
             audio = {"bytes": _wav_bytes(audio["array"], audio["sampling_rate"]), "path": audio.get("path")}
         if self.label_names and isinstance(text, int):
             text = self.label_names[text] if 0 <= text < len(self.label_names) else None
+        if isinstance(text, list):  # answers any of which is right
+            text = "|".join(map(str, text))
         text = "" if text is None else str(text)
         instruction = self.instruction if self.instruction_column is None else row[self.instruction_column]
         speaker = None if self.speaker is None else row[self.speaker]
