@@ -68,7 +68,7 @@ def test_a_source_that_is_written_wrong_is_told(spec, message):
 
 def test_an_audiofolder(folder, speech_clips):
     train = load_source(SpeechSource(str(folder)))
-    assert train.column_names == ["audio", "text", "duration", "offset", "speaker", "origin"]
+    assert train.column_names == ["audio", "text", "duration", "offset", "speaker", "instruction", "origin"]
     assert train["text"][:] == [clip["text"] for clip in speech_clips[:6]]
     assert train[0]["origin"] == train[0]["audio"]["path"] == str(folder / "train" / "00.wav")
     assert len(load_source(SpeechSource(str(folder)), split="validation")) == 2

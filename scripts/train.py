@@ -214,6 +214,10 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
         )
         logger.info(f"{what} data from {source.place}: {report}")
         reports[source.place] = report.to_dict()
+        if "tts" in (data_args.tasks if source.task is None else [source.task]) and any(data["instruction"]):
+            raise ValueError(
+                f"{source.place} has questions, which are not to be spoken: write {source.place},task=asr."
+            )
         for task in [source.task] if source.task else data_args.tasks:
             rows = selected.add_column("task", [task] * len(seconds))
             selections.append(Selection(source, task, rows, seconds))

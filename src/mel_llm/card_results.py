@@ -17,6 +17,7 @@ ASR, TTS = "automatic-speech-recognition", "text-to-speech"
 _METRICS = {
     "wer": ("WER, %", "{:.2f}", 100),
     "cer": ("CER, %", "{:.2f}", 100),
+    "accuracy": ("accuracy, %", "{:.2f}", 100),
     "similarity": ("speaker similarity", "{:.3f}", 1),
     "mcd": ("MCD, dB", "{:.2f}", 1),
     "mel_l1": ("mel L1", "{:.3f}", 1),
@@ -27,7 +28,7 @@ _METRICS = {
 }
 _RATES = ("wer", "cer", "guarded")
 # How good it is, in the metadata; the others depend on the machine or say nothing by themselves
-_PUBLISHED = ("wer", "cer", "similarity", "mcd", "mel_l1")
+_PUBLISHED = ("wer", "cer", "accuracy", "similarity", "mcd", "mel_l1")
 # Of a training run: how long something took is no result of the model
 _NO_RESULT = re.compile(r"(runtime|_per_second|epoch|model_preparation_time|mem_|jit_compilation)")
 _LOCAL_PATH = re.compile(r"(?<![\w.:/~\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s,'\"=:/\\]+[/\\])*([^\s,'\"=:/\\]+)")

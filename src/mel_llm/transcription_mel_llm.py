@@ -275,7 +275,7 @@ def iter_segments(
         for batch, truncation in _batches(pieces, batch_size):
             if batch:
                 clips = [piece.samples for piece in batch]
-                texts = _transcribe_clips(model, processor, clips, language, prompt, generate_kwargs)
+                texts = transcribe_clips(model, processor, clips, language, prompt, generate_kwargs)
                 for piece, text in zip(batch, texts, strict=True):
                     if text:
                         yield Segment(*_spoken_span(piece, rate), text)
@@ -352,7 +352,7 @@ def _batches(pieces: Iterator[AudioPiece], size: int) -> Iterator[tuple[list[Aud
         yield batch, None
 
 
-def _transcribe_clips(
+def transcribe_clips(
     model, processor, clips: list[np.ndarray], language: str | None, prompt: str | None, generate_kwargs: dict
 ) -> list[str]:
     """The transcript of each waveform of a batch."""

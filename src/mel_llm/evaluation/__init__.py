@@ -1,11 +1,19 @@
 """Measuring transcripts and speech: error rates and speed as `evaluate` metrics that work offline, text normalisation, and
-the evaluation of models that speak."""
+the evaluation of models that transcribe and of models that speak."""
 
+from .answer_accuracy import AnswerAccuracy
+from .answer_report import answer_tables, summarize_answers
+from .answer_systems import Answerer, make_answerer
+from .asr_report import asr_table, compare_speed, summarize_asr
 from .bootstrap import bootstrap_interval
 from .cer import CharacterErrorRate
+from .clip_evaluation import ClipEvaluation
+from .clip_sets import ClipSet, load_clip_set
+from .clip_systems import ClipSystem, FunctionSystem, Transcriber, make_transcriber
 from .mel_distance import MelDistance
 from .mos import load_mos
 from .normalizers import TEXT_NORMALIZERS, get_text_normalizer
+from .open_asr import BENCHMARKS, eval_results, load_benchmark
 from .recognizers import load_recognizer
 from .rtfx import RealTimeFactor
 from .speaker_similarity import cosine_similarity, load_speaker_encoder
@@ -20,28 +28,46 @@ from .wer import WordErrorRate
 
 
 __all__ = [
+    "BENCHMARKS",
     "TEXT_NORMALIZERS",
+    "AnswerAccuracy",
+    "Answerer",
     "AudioFolder",
     "CharacterErrorRate",
+    "ClipEvaluation",
+    "ClipSet",
+    "ClipSystem",
     "CopySynthesis",
+    "FunctionSystem",
     "MelDistance",
     "ModelSpeech",
     "RealTimeFactor",
     "ReferenceSpeech",
     "SpeechEvaluation",
     "SpeechSystem",
+    "Transcriber",
     "Utterance",
     "WordErrorRate",
+    "answer_tables",
+    "asr_table",
     "bootstrap_interval",
     "choose_voices",
+    "compare_speed",
     "cosine_similarity",
+    "eval_results",
     "get_text_normalizer",
+    "load_benchmark",
+    "load_clip_set",
     "load_mos",
     "load_recognizer",
     "load_speaker_encoder",
     "load_utterances",
+    "make_answerer",
     "make_compute_metrics",
     "make_judges",
+    "make_transcriber",
     "speech_table",
+    "summarize_answers",
+    "summarize_asr",
     "summarize_speech",
 ]

@@ -13,7 +13,7 @@ except ImportError as error:
 
 # `evaluate.combine` hands every metric the keyword arguments of all. Each metric here takes its own and passes over
 # those of the others; what none of them knows is an error, since a misspelt argument must not be ignored.
-_COMPUTE_ARGUMENTS = {"normalizer", "details", "audio_seconds", "processing_seconds"}
+_COMPUTE_ARGUMENTS = {"normalizer", "details", "audio_seconds", "processing_seconds", "choices", "match"}
 
 
 class SpeechMetric(evaluate.Metric):

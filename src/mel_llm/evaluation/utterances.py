@@ -28,12 +28,14 @@ class Utterance:
             the cell in the column `id`; else the number of the line.
         text (`str`): Empty where nobody wrote it down.
         source, index (*optional*): The dataset with the recording, and its row in it.
+        seconds (`float`, *optional*): Of the recording, as its row or its file's header says.
     """
 
     id: str
     text: str
     source: Any = None
     index: int | None = None
+    seconds: float | None = None
 
     @property
     def has_recording(self) -> bool:
@@ -83,7 +85,7 @@ def load_utterances(place: str, split: str = "validation") -> list[Utterance]:
     elif path.suffix in _TABLES and path.is_file() and (texts := _texts_of_table(path, source)) is not None:
         utterances = texts
     else:
-        utterances = _recorded(source, split)
+        utterances, _ = load_recordings(source, split, needs_text=False)
     if not utterances:
         raise ValueError(f"{source.place}: there is no text and no recording in it.")
     return utterances
@@ -117,34 +119,52 @@ def _texts_of_table(path: Path, source: SpeechSource) -> list[Utterance] | None:
     return [utterance for utterance in utterances if utterance.text]
 
 
-def _recorded(source: SpeechSource, split: str) -> list[Utterance]:
+def load_recordings(source: SpeechSource, split: str, **options) -> tuple[list[Utterance], str | None]:
+    """Recordings, each of which has a header that can be read.
+
+    Args:
+        source ([`SpeechSource`]): Where they are.
+        split (`str`): Unless the source names one. A folder without splits is read whole.
+        options: For [`load_source`].
+
+    Returns:
+        The recordings, and of which split they are; `None` for manifests and for folders without splits.
+
+    Raises:
+        FileNotFoundError: There is no such file, folder or split.
+        ValueError: The source streams, a column is missing, or a recording cannot be read; the message names it.
+    """
     if source.streaming:
         raise ValueError(f"{source.place}: what is evaluated cannot stream; leave `streaming` out.")
-    data = None
-    if source.split is None and Path(source.place).expanduser().is_dir():
+    data, found = None, None if Path(source.place).expanduser().is_file() else split
+    if source.split is not None:
+        found = source.split
+    elif Path(source.place).expanduser().is_dir():
         try:
-            data = load_source(source, split, needs_text=False)
+            data = load_source(source, split, **options)
         except FileNotFoundError as error:
             if "not divided into splits" not in str(error):
                 raise
-            split = "train"  # as a folder without splits is called
-    data = load_source(source, split, needs_text=False) if data is None else data
+            split, found = "train", None  # as a folder without splits is called
+    data = load_source(source, split, **options) if data is None else data
     stems = [_file_name(Path(origin.rpartition(": ")[2]).stem) for origin in data["origin"]]
     if len(set(stems)) < len(stems):
         stems = [f"{index:05d}_{stem}" for index, stem in enumerate(stems)]
+    seconds = []
     for index in range(len(data)):  # headers only; a broken file must not be met after hours
         try:
-            clip_duration(data[index])
+            seconds.append(clip_duration(data[index]))
         except (OSError, ValueError) as error:
             raise ValueError(f"{data[index]['origin']}: {error}. Repair it or leave it out (`exclude`).") from None
     texts = data["text"]
     return [
-        Utterance(stem, text.strip(), data, index) for index, (stem, text) in enumerate(zip(stems, texts, strict=True))
-    ]
+        Utterance(stem, text.strip(), data, index, seconds[index])
+        for index, (stem, text) in enumerate(zip(stems, texts, strict=True))
+    ], found
 
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)[:_MAX_NAME].strip(".") or "_"
 
 
-__all__ = ["Utterance", "load_utterances"]
+__all__ = ["Utterance", "load_recordings", "load_utterances"]

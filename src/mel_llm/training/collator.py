@@ -20,9 +20,14 @@ class TranscriptionCollator:
     `predict_with_generate` calls `generate` with the same batch. Each transcript ends with the token that ends an
     answer.
 
+    Examples may also ask something else about their audio (emotion, gender, what is heard, what is meant: ours). A batch
+    with such examples is in the form of a chat, as `apply_chat_template(..., output_labels=True)` makes it, the text being
+    the answer; examples without a question are asked for the transcript there, in the very tokens of the default prompt.
+
     Args:
         processor: Its feature extractor and tokenizer are used.
         audio_column, text_column: Keys of an example; its audio is anything that the processor takes.
+        instruction_column: Key of what is asked about the audio; missing or `None` for the transcript.
         spec_augment ([`SpecAugment`], *optional*): Masks the features of examples that have an `augment_seed`, as those
             that [`SpeechDataset`] makes for training do.
         voice_warp ([`VoiceWarp`], *optional*): Changes the voices in them, before that.
@@ -38,10 +43,12 @@ class TranscriptionCollator:
     features_later: bool = False
     spell: bool = False
     voice_warp: VoiceWarp | None = None
+    instruction_column: str = "instruction"
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_features` `(batch, frames, num_mel_bins)`, `attention_mask` `(batch, frames)`
-        and `labels` `(batch, tokens)`, padded on the right with -100."""
+        and `labels` `(batch, tokens)`, padded on the right with -100; of a batch with questions to `input_ids`,
+        `attention_mask` and `labels` `(batch, tokens)`, `input_features` and `input_features_mask` `(batch, frames)`."""
         # The model would add the end itself, but then the Trainer, which averages over tokens, would not count it
         ids = [
             torch.tensor(
@@ -57,7 +64,11 @@ class TranscriptionCollator:
             "augment_seeds": [example.get("augment_seed") for example in examples],
             "labels": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100),
         }
-        if self.spell:
+        instructions = [example.get(self.instruction_column) for example in examples]
+        if any(instruction is not None for instruction in instructions):
+            batch["instructions"] = instructions
+            batch["answers"] = [example[self.text_column] for example in examples]
+        elif self.spell:
             letters = [torch.tensor(ctc_bytes(example[self.text_column]), dtype=torch.long) for example in examples]
             batch["transcript_bytes"] = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True, padding_value=-100)
         return batch if self.features_later else self.finish(batch)
@@ -70,14 +81,28 @@ class TranscriptionCollator:
         """Makes features of a batch's waveforms, on the CPU or on `device`; masked where there is a seed."""
         batch = dict(batch)
         audio, seeds = batch.pop("raw_speech"), batch.pop("augment_seeds")
-        features = dict(self.processor(audio=audio, **({} if device is None else {"device": device})))
+        options = {} if device is None else {"device": device}
+        if "instructions" in batch:
+            features = self._chats(audio, batch.pop("instructions"), batch.pop("answers"), options)
+            batch.pop("labels")  # counted by the Trainer; those of the chat are the same ones in their places
+        else:
+            features = dict(self.processor(audio=audio, **options))
         changes = [change for change in (self.voice_warp, self.spec_augment) if change is not None]
         if changes:
-            lengths = features["attention_mask"].sum(dim=1).tolist()
+            frames = features.get("input_features_mask", features["attention_mask"])
+            lengths = frames.sum(dim=1).tolist()
             for row, length, seed in zip(features["input_features"], lengths, seeds, strict=True):
                 for change in changes if seed is not None else ():
                     row[:length] = change(row[:length], seed)
         return {**batch, **features}
+
+    def _chats(self, audio: list, instructions: list[str | None], answers: list[str], options: dict) -> dict[str, Any]:
+        conversations = []
+        for clip, instruction, answer in zip(audio, instructions, answers, strict=True):
+            asked = self.processor.transcription_instruction if instruction is None else instruction
+            content = [{"type": "audio", "audio": clip}, *([{"type": "text", "text": asked}] if asked else [])]
+            conversations.append([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
+        return dict(self.processor.apply_chat_template(conversations, output_labels=True, processor_kwargs=options))
 
 
 @dataclass

@@ -43,7 +43,7 @@ def _by_speaker(data) -> dict[str, list[int]]:
 class SpeechDataset(torch.utils.data.Dataset):
     r"""Decoded examples of a dataset with the columns of `mel_llm.training.sources`.
 
-    `dataset[index]` is `{"audio": (samples,), "text": str}`, with `task` where the rows have one; with `augment_seed` as
+    `dataset[index]` is `{"audio": (samples,), "text": str}`, with `task` and `instruction` where the row has one; with `augment_seed` as
     well when it is asked for with an epoch, `dataset[epoch, index]`, as [`SpeechSampler`] does. A clip that cannot be read is reported by name, once, and
     the next one that can takes its place, so that a batch never shrinks and a run never stops because of it.
 
@@ -109,6 +109,8 @@ class SpeechDataset(torch.utils.data.Dataset):
     def _example(self, row: dict[str, Any], epoch: int | None, index: int) -> dict[str, Any]:
         audio = load_clip(row["audio"], self.sampling_rate, row.get("offset"), row.get("duration"))
         example = {"audio": audio, "text": row["text"]}
+        if row.get("instruction") is not None:
+            example["instruction"] = row["instruction"]
         task = row.get("task")
         if task is not None:
             example["task"] = task
@@ -176,9 +178,9 @@ class _DecodeStream:
         self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # unreadable, outside the limits
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        examples: dict[str, list] = {"audio": [], "text": [], "augment_seed": []}
-        columns = (rows[name] for name in ("audio", "text", "origin", "offset", "duration"))
-        for audio, text, origin, offset, duration in zip(*columns, strict=True):
+        examples: dict[str, list] = {"audio": [], "text": [], "augment_seed": [], "instruction": []}
+        columns = (rows[name] for name in ("audio", "text", "origin", "offset", "duration", "instruction"))
+        for audio, text, origin, offset, duration, instruction in zip(*columns, strict=True):
             if not text:
                 self.counts[1] += 1
                 continue
@@ -198,6 +200,7 @@ class _DecodeStream:
             examples["audio"].append(np.asarray(waveform, dtype=np.float32))
             examples["text"].append(text)
             examples["augment_seed"].append(seed)
+            examples["instruction"].append(instruction)
         return examples
 
 

@@ -2,8 +2,9 @@
 
 Everything becomes a dataset of `datasets` with the columns `audio` (path and/or bytes, never decoded here), `text`,
 `duration` (seconds, or None where nobody wrote it down), `offset` (seconds into the file, where the clip is a part of one;
-else None), `speaker` (or None where nobody says) and `origin`, the name that messages give the clip. Local files
-are listed by this module because `load_dataset("audiofolder")` needs torchcodec even to list them.
+else None), `speaker` (or None where nobody says), `instruction` (what is asked about the clip; None where its transcript
+is wanted) and `origin`, the name that messages give the clip. Local files are listed by this module because
+`load_dataset("audiofolder")` needs torchcodec even to list them.
 """
 
 import csv
@@ -12,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,7 +32,10 @@ TASKS = ("asr", "tts")
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id", "voice")
-COLUMNS = ("audio", "text", "duration", "offset", "speaker", "origin")
+# Where clips are asked about: the question, and its answer in the place of the transcript
+INSTRUCTION_COLUMNS = ("instruction", "question")
+ANSWER_COLUMNS = ("answer", "label")
+COLUMNS = ("audio", "text", "duration", "offset", "speaker", "instruction", "origin")
 
 _METADATA_FILES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 _MANIFESTS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -59,6 +63,9 @@ class SpeechSource:
         weight (`float`, *optional*): Share of the examples that come from here, relative to the other sources.
         streaming (`bool`, defaults to `False`): Read a dataset of the Hub while it is downloaded.
         audio_column, text_column, speaker_column (`str`, *optional*): Found by their usual names when not given.
+        instruction_column (`str`, *optional*): What is asked about each clip; `text_column` then holds the answers. Found
+            by itself in data with a column `instruction` or `question`, one of answers, and none of transcripts.
+        instruction (`str`, *optional*): The same for all clips. Without either, the transcript is wanted.
         exclude (`str`, *optional*): `COLUMN:PATTERN`; rows whose column matches the shell pattern are left out.
         revision (`str`, *optional*): Revision of a dataset of the Hub.
         task (`str`, *optional*): The one task that it is for, `asr` or `tts`; by default every task of the run.
@@ -75,6 +82,8 @@ class SpeechSource:
     audio_column: str | None = None
     text_column: str | None = None
     speaker_column: str | None = None
+    instruction_column: str | None = None
+    instruction: str | None = None
     exclude: str | None = None
     revision: str | None = None
     task: str | None = None
@@ -86,6 +95,8 @@ class SpeechSource:
             raise ValueError(f"{self.place}: `weight` must be more than 0, got {self.weight}.")
         if self.task not in (None, *TASKS):
             raise ValueError(f"{self.place}: `task` must be one of {', '.join(TASKS)}, got {self.task!r}.")
+        if self.instruction is not None and self.instruction_column is not None:
+            raise ValueError(f"{self.place}: give `instruction` or `instruction_column`, not both.")
         if self.exclude is not None and ":" not in self.exclude:
             raise ValueError(f"{self.place}: `exclude` must be COLUMN:PATTERN, got {self.exclude!r}.")
 
@@ -121,6 +132,8 @@ def load_source(
     split: str = "train",
     text_normalizer: Callable[[str], str] | None = None,
     needs_text: bool = True,
+    text_columns: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
 ):
     """The dataset of one source.
 
@@ -130,6 +143,8 @@ def load_source(
         text_normalizer: Applied to each transcript.
         needs_text (`bool`, defaults to `True`): Whether there must be transcripts. Without, missing ones are empty, and
             audio files in a folder need no `.txt` beside them.
+        text_columns: Usual names of the column with the texts, if they are no transcripts.
+        keep: Columns that stay as they are, where there are any of these names.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` for a source that streams, with the columns of this module.
@@ -146,7 +161,7 @@ def load_source(
         dataset = _load_local(source, path, split, needs_text)
     else:
         dataset = _load_from_hub(source, split)
-    return _standardise(dataset, source, text_normalizer, needs_text)
+    return _standardise(dataset, source, text_normalizer, needs_text, text_columns, keep)
 
 
 # --- local ----------------------------------------------------------------------------------------------------------
@@ -306,15 +321,33 @@ def _check_split(source: SpeechSource, split: str, splits: list[str]) -> None:
 # --- the same columns for all ---------------------------------------------------------------------------------------
 
 
-def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str], str] | None, needs_text: bool):
-    from datasets import Audio, Features, Value
+def _standardise(
+    dataset,
+    source: SpeechSource,
+    text_normalizer: Callable[[str], str] | None,
+    needs_text: bool,
+    text_columns: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+):
+    from datasets import Audio, ClassLabel, Features, Value
 
     names = dataset.column_names
     if names is None:  # a stream whose features nobody declared
         names = list(next(iter(dataset)))
     audio = _find_column(source, names, "audio_column", AUDIO_COLUMNS)
-    has_text = needs_text or source.text_column is not None or not set(TEXT_COLUMNS).isdisjoint(names)
-    text = _find_column(source, names, "text_column", TEXT_COLUMNS) if has_text else None
+    instruction = source.instruction_column
+    if instruction is not None:
+        _find_column(source, names, "instruction_column", ())
+    elif source.instruction is None:
+        # Data with transcripts beside its questions is read for them, unless answers are asked for or columns named
+        has_answers = source.text_column is None and set(TEXT_COLUMNS).isdisjoint(names)
+        has_answers = has_answers and not set(ANSWER_COLUMNS).isdisjoint(names)
+        if has_answers or text_columns is not None:
+            instruction = next((name for name in INSTRUCTION_COLUMNS if name in names), None)
+    if text_columns is None:
+        text_columns = TEXT_COLUMNS if instruction is None and source.instruction is None else ANSWER_COLUMNS
+    has_text = needs_text or source.text_column is not None or not set(text_columns).isdisjoint(names)
+    text = _find_column(source, names, "text_column", tuple(text_columns)) if has_text else None
     has_speaker = source.speaker_column is not None or not set(SPEAKER_COLUMNS).isdisjoint(names)
     speaker = _find_column(source, names, "speaker_column", SPEAKER_COLUMNS) if has_speaker else None
     if isinstance((dataset.features or {}).get(audio), Audio):
@@ -335,10 +368,25 @@ def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str],
             "duration": Value("float64"),
             "offset": Value("float64"),
             "speaker": Value("string"),
+            "instruction": Value("string"),
             "origin": Value("string"),
         }
     )
-    row_to_columns = _ToColumns(source.place, audio, text, speaker, text_normalizer)
+    declared = dataset.features or {}
+    kept = tuple(name for name in keep if name in names and name not in features)
+    features.update({name: declared[name] for name in kept if name in declared})
+    label = declared.get(text)
+    row_to_columns = _ToColumns(
+        source.place,
+        audio,
+        text,
+        speaker,
+        text_normalizer,
+        instruction,
+        source.instruction,
+        tuple(label.names) if isinstance(label, ClassLabel) else (),
+        kept,
+    )
     kwargs: dict[str, Any] = {"with_indices": True, "remove_columns": list(names), "features": features}
     if not source.streaming:
         kwargs["desc"] = f"Listing {source.place}"
@@ -376,6 +424,10 @@ class _ToColumns:
     text: str | None
     speaker: str | None
     text_normalizer: Callable[[str], str] | None
+    instruction_column: str | None = None
+    instruction: str | None = None
+    label_names: tuple[str, ...] = ()  # of a class label, which is kept as a number
+    kept: tuple[str, ...] = ()
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         audio, text = row[self.audio], None if self.text is None else row[self.text]
@@ -383,16 +435,23 @@ class _ToColumns:
             audio = {"bytes": None, "path": audio}
         elif audio.get("array") is not None:
             audio = {"bytes": _wav_bytes(audio["array"], audio["sampling_rate"]), "path": audio.get("path")}
+        if self.label_names and isinstance(text, int):
+            text = self.label_names[text] if 0 <= text < len(self.label_names) else None
+        if isinstance(text, list):  # answers any of which is right
+            text = "|".join(map(str, text))
         text = "" if text is None else str(text)
+        instruction = self.instruction if self.instruction_column is None else row[self.instruction_column]
         speaker = None if self.speaker is None else row[self.speaker]
         name = audio.get("path") or f"row {index}"
         return {
+            **{name: row[name] for name in self.kept},
             "audio": {"bytes": audio.get("bytes"), "path": audio.get("path")},
             "text": text if self.text_normalizer is None else self.text_normalizer(text),
             "duration": _seconds(row.get("duration")),
             "offset": _seconds(row.get("offset")),
             # A name means somebody only within its source
             "speaker": None if speaker in (None, "") else f"{self.place}: {speaker}",
+            "instruction": str(instruction).strip() or None if instruction is not None else None,
             "origin": name if os.path.isabs(name) else f"{self.place}: {name}",
         }
 
@@ -414,4 +473,4 @@ def _wav_bytes(samples: Any, sampling_rate: int) -> bytes:
     return file.getvalue()
 
 
-__all__ = ["AUDIO_COLUMNS", "COLUMNS", "TEXT_COLUMNS", "SpeechSource", "load_source"]
+__all__ = ["ANSWER_COLUMNS", "AUDIO_COLUMNS", "COLUMNS", "TEXT_COLUMNS", "SpeechSource", "load_source"]

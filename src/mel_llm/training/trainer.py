@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.utils import logging
@@ -106,11 +107,29 @@ class SpeechTrainer(Seq2SeqTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         inputs = self._prepare_inputs(inputs)
         if not _is_spoken(inputs):
+            if "input_ids" in inputs and inputs.get("labels") is not None:
+                return self._answer_step(model, inputs, prediction_loss_only, ignore_keys, gen_kwargs)
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys, **gen_kwargs)
         return loss, None, None
+
+    def _answer_step(self, model, inputs, prediction_loss_only: bool, ignore_keys, gen_kwargs: dict):
+        """Loss, answers and right answers of chats: the stock trainer would show the model what it is to answer."""
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        if prediction_loss_only or not self.args.predict_with_generate:
+            return loss, None, None
+        asked = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
+        limits = [asked.pop(name, None) for name in ("max_new_tokens", "max_length")]
+        rows = [row[row != -100] for row in inputs["labels"]]
+        # The answer alone counts; one that is much longer than the right one is wrong already
+        limit = next((value for value in limits if value is not None), max(map(len, rows)) + 16)
+        prompts, mask = _prompts_of(inputs, self.processing_class.tokenizer.pad_token_id)
+        features = {name: inputs[name] for name in ("input_features", "input_features_mask")}
+        kwargs = {name: value for name, value in asked.items() if value is not None}
+        ids = self.model.generate(input_ids=prompts, attention_mask=mask, **features, **kwargs, max_new_tokens=limit)
+        return loss, ids[:, prompts.shape[1] :], pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         terms = _Means()
@@ -206,6 +225,17 @@ class SpeechTrainer(Seq2SeqTrainer):
 def _is_spoken(inputs: dict[str, Any]) -> bool:
     labels = inputs.get("labels")
     return labels is not None and labels.is_floating_point()
+
+
+def _prompts_of(inputs: dict[str, Any], pad_token_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands before the first label of each chat, padded on the left as for `generate`, and its mask."""
+    rows = [
+        ids[mask.bool()][: int((labels[mask.bool()] != -100).long().argmax())]
+        for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True)
+    ]
+    pad = {"batch_first": True, "padding_side": "left"}
+    masks = pad_sequence([torch.ones_like(row) for row in rows], **pad)
+    return pad_sequence(rows, padding_value=pad_token_id or 0, **pad), masks
 
 
 def _terms_of(outputs) -> dict[str, torch.Tensor]:
