@@ -56,7 +56,7 @@ from mel_llm import (
 from mel_llm.card_results import local_name, local_names
 from mel_llm.conversion import from_text_llm, parse_layers
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
-from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMProjector
+from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMProjector
 from mel_llm.publishing import without_paths
 from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
@@ -413,9 +413,11 @@ def randomise(model, parts: set[str]) -> None:
         if "audio" in parts:
             fresh.normalizer = embedder.normalizer  # measured, not learnt
             model.model.audio_embedder = fresh
-            model.model.multi_modal_projector = MelLLMProjector(
-                config.audio_config, config.text_config.hidden_size
-            ).to(like)
+            projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
+            model.model.multi_modal_projector = projector.to(like)
+            if model.ctc_head is not None:
+                model.ctc_head = MelLLMCTCHead(config).to(like)
+                model._init_weights(model.ctc_head.proj)
         else:
             embedder.encoder = fresh.encoder
 

@@ -81,7 +81,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Parts of --model_name_or_path that begin with random weights instead of their own: backbone (the language "
-            "model), encoder (the Conformer blocks), audio (embedder with encoder, and projector); several with commas."
+            "model), encoder (the Conformer blocks), audio (embedder with encoder, projector, CTC head); several with commas."
         },
     )
     freeze_layers: str | None = field(
