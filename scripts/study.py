@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import study_report
+import torch
 import yaml
 
 from mel_llm import MelLLMConfig
@@ -208,8 +209,8 @@ def command_of(study: Study, run: Run, folder: Path) -> list[str]:
     return [*launcher, str(HERE / run.script), *words_of(run, folder)]
 
 
-def check(study: Study, folder: Path, names: list[str]) -> list[str]:
-    """Looks at every run before the first one begins.
+def check(study: Study, folder: Path, names: list[str], elsewhere: bool = False) -> list[str]:
+    """Looks at every run before the first one begins; with `elsewhere`, one that is to run on another machine.
 
     Returns:
         What is not there (yet): folders of data and models. A run would stop at it.
@@ -217,16 +218,20 @@ def check(study: Study, folder: Path, names: list[str]) -> list[str]:
     Raises:
         ValueError: A run has an argument that does not exist, or cannot be what it is, or was run with others before.
     """
-    missing, looked_at = [], {}
+    missing: dict[str, str] = {}  # what, and the first run that wants it
+    looked_at: dict[tuple, str | None] = {}
     for name in names:
         run = study.runs[name]
         try:
-            parsed = _parse(run, folder)
+            parsed = _parse(run, folder, elsewhere)
             if run.script == "train.py":
                 _check_layers(study, run, parsed[0])
-                missing += [f"{name}: {problem}" for problem in _check_places(run, parsed, looked_at)]
+                problems = _check_places(run, parsed, looked_at)
             else:
-                missing += [f"{name}: there is no {path}" for path in parsed.texts if not path.is_file()]
+                texts = [*parsed.texts, *parsed.eval_texts]
+                problems = [f"there is no file {path}" for path in texts if not path.is_file()]
+            for problem in problems:
+                missing.setdefault(problem, name)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"{study.config}, run {name}: {error}") from error
         record = read_record(folder / name)
@@ -236,7 +241,7 @@ def check(study: Study, folder: Path, names: list[str]) -> list[str]:
                 f"{folder / name} was run with other arguments than {study.config} has now: {_difference(record, run)}. Delete that "
                 "folder, call the run something else, or choose another --output_dir."
             )
-    return missing
+    return [f"{problem}, for {name}" for problem, name in missing.items()]
 
 
 def _difference(record: dict, run: Run) -> str:
@@ -247,13 +252,15 @@ def _difference(record: dict, run: Run) -> str:
     return f"{key} {before.get(key)!r}, now {now.get(key)!r}"
 
 
-def _parse(run: Run, folder: Path):
+def _parse(run: Run, folder: Path, elsewhere: bool):
     """What the script makes of the arguments; its own words where it refuses them."""
     script = importlib.import_module(run.script.removesuffix(".py"))
-    said = io.StringIO()
+    words, said = words_of(run, folder), io.StringIO()
+    if elsewhere and not torch.cuda.is_available() and "use_cpu" not in run.arguments:
+        words.append("--use_cpu")  # transformers refuses precisions that the machine at hand does not have
     try:
         with contextlib.redirect_stderr(said):
-            return script.parse_arguments(words_of(run, folder))
+            return script.parse_arguments(words)
     except SystemExit:
         lines = said.getvalue().strip().splitlines()
         raise ValueError(lines[-1].split("error: ", 1)[-1] if lines else "its arguments are refused") from None
@@ -466,7 +473,7 @@ def main(argv: list[str]) -> int:
     names, folder = chosen_runs(study, arguments.only), arguments.output_dir
     failed: list[str] = []
     if not arguments.report_only:
-        missing = check(study, folder, names)
+        missing = check(study, folder, names, elsewhere=arguments.dry_run)
         if arguments.dry_run:
             for name in names:
                 print(f"# {name}: {study.runs[name].title}")
