@@ -355,9 +355,8 @@ def run_all(study: Study, folder: Path, names: list[str]) -> list[str]:
             print(f"{head}: done before", flush=True)
             continue
         place.mkdir(parents=True, exist_ok=True)
-        record = {"script": run.script, "arguments": run.arguments, "status": "running", "seconds": 0.0} | (
-            record or {}
-        )
+        spent = record["seconds"] if record is not None and record["arguments"] == run.arguments else 0.0
+        record = {"script": run.script, "arguments": run.arguments, "status": "running", "seconds": spent}
         if broken := [other for other in run.needs() if not (folder / other / "model" / SUMMARY).is_file()]:
             write_record(place, {**record, "status": "left out", "error": f"it needs {broken[0]}, which has no model"})
             print(f"{head}: left out, it needs {broken[0]}, which has no model", flush=True)
