@@ -31,6 +31,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSpeechSeq2Seq,
     AutoModelForTextToWaveform,
@@ -53,8 +54,9 @@ from mel_llm import (
     export_remote_code,
 )
 from mel_llm.card_results import local_name, local_names
-from mel_llm.conversion import from_text_llm
+from mel_llm.conversion import from_text_llm, parse_layers
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
+from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMProjector
 from mel_llm.publishing import without_paths
 from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
@@ -74,8 +76,11 @@ from mel_llm.training import (
     compute_feature_statistics,
     count_parameters,
     count_unspellable,
+    describe_trainable,
     freeze,
+    freeze_layers,
     last_checkpoint,
+    load_adapter,
     load_source,
     lora_config,
     push_whole,
@@ -84,6 +89,7 @@ from mel_llm.training import (
     select_clips,
     stream_examples,
     train_tokenizer,
+    trainable_table,
 )
 from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrainingArguments
 
@@ -91,10 +97,18 @@ from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrai
 logger = logging.getLogger("train")
 
 SUMMARY = "training_summary.json"
+RANDOM_PARTS = ("backbone", "encoder", "audio")
 AUGMENTATIONS = ("speed_factors", "spec_augment", "conditions", "voice_warp", "voice_pairs")
 
 # What these arguments ask for lies in a checkpoint once there is one
-NEW_MODELS_ONLY = ("gguf_file", "revision", "audio_config", "text_config", "transcription_instruction")
+NEW_MODELS_ONLY = (
+    "gguf_file",
+    "revision",
+    "audio_config",
+    "text_config",
+    "transcription_instruction",
+    "random_init",
+)
 NEW_SPEECH_HEADS_ONLY = ("speech_preset", "speech_config")
 
 
@@ -118,9 +132,18 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
         # Out of the arguments, which the Trainer pickles into every checkpoint and uploads
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if model_args.lora is None:
-        for name in ("merge_lora", "lora_r", "lora_alpha", "lora_dropout"):
+        for name in ("merge_lora", "lora_r", "lora_alpha", "lora_dropout", "init_adapter"):
             if getattr(model_args, name):
                 parser.error(f"--{name} needs --lora.")
+    for name in ("audio_config", "text_config", "speech_config"):
+        json_fields(name, getattr(model_args, name))
+    unknown = random_parts(model_args) - set(RANDOM_PARTS)
+    if unknown:
+        parser.error(f"--random_init: choose of {', '.join(RANDOM_PARTS)}, got {', '.join(sorted(unknown))}.")
+    if model_args.random_init and model_args.model_name_or_path is None:
+        parser.error("--random_init is for parts of --model_name_or_path; a model from scratch is random.")
+    if model_args.freeze_layers is not None:
+        layers_of(model_args.freeze_layers, 10**6)
     if not data_args.train_data:
         parser.error("--train_data is needed: a folder, a manifest or a dataset of the Hub; several can be mixed.")
     data_args.tasks = [task.strip() for entry in data_args.tasks for task in entry.split(",")]
@@ -163,6 +186,17 @@ def json_fields(name: str, text: str) -> dict:
     if not isinstance(fields, dict):
         raise ValueError(f"--{name} must be a JSON object, got {text!r}.")
     return fields
+
+
+def random_parts(model_args: ModelArguments) -> set[str]:
+    return {part.strip() for part in (model_args.random_init or "").split(",") if part.strip()}
+
+
+def layers_of(text: str, num_layers: int) -> list[int]:
+    try:
+        return parse_layers(text, num_layers)
+    except ValueError as error:
+        raise ValueError(f"--freeze_layers: {error}") from None
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -210,7 +244,13 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
     selections, reports = [], {}
     for source, data in zip(sources, datasets_, strict=True):
         selected, seconds, report = select_clips(
-            data, processor.tokenizer, data_args.min_seconds, data_args.max_seconds, data_args.max_tokens
+            data,
+            processor.tokenizer,
+            data_args.min_seconds,
+            data_args.max_seconds,
+            data_args.max_tokens,
+            source.fraction,
+            source.hours,
         )
         logger.info(f"{what} data from {source.place}: {report}")
         reports[source.place] = report.to_dict()
@@ -310,11 +350,23 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
             if audio_fields or model_args.transcription_instruction is not None:
                 raise ValueError(f"--audio_config and --transcription_instruction are for new models; {name} is one.")
             processor = AutoProcessor.from_pretrained(name, **options)
-            return load_mel_llm(name, processor, model_args, speaks, loading), processor, False
+            model = load_mel_llm(name, processor, model_args, speaks, loading)
+            randomise(model, random_parts(model_args))
+            return model, processor, False
     else:
         options["gguf_file"] = model_args.gguf_file
         loading["gguf_file"] = model_args.gguf_file
-    text_model = AutoModelForCausalLM.from_pretrained(name, **loading)
+    if random_parts(model_args) - {"backbone"}:
+        raise ValueError(f"--random_init: {name} is a language model, whose audio side is new and random in any case.")
+    if model_args.random_init:
+        if model_args.gguf_file is not None:
+            raise ValueError("--random_init cannot read the config in a GGUF file: name a model with a config.json.")
+        loading = {
+            key: value for key, value in loading.items() if key != "revision" and (key, value) != ("dtype", "auto")
+        }
+        text_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **options), **loading)
+    else:
+        text_model = AutoModelForCausalLM.from_pretrained(name, **loading)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     instruction = model_args.transcription_instruction
     model, processor = from_text_llm(
@@ -365,6 +417,33 @@ def new_speech_side(model_args: ModelArguments, extractor: MelLLMFeatureExtracto
     return new
 
 
+def randomise(model, parts: set[str]) -> None:
+    """Gives parts of a Mel-LLM the weights that new ones have: the paper's random encoder, and everything random."""
+    config, like = model.config, model.lm_head.weight
+    if "backbone" in parts:
+        attention = model.model.language_model.config._attn_implementation
+        fresh = AutoModel.from_config(config.text_config, dtype=like.dtype, attn_implementation=attention)
+        model.model.language_model = fresh.to(like.device)
+        config.text_config = fresh.config
+        torch.nn.init.normal_(model.lm_head.weight, std=getattr(config.text_config, "initializer_range", 0.02))
+        model.tie_weights()
+    embedder = model.model.audio_embedder
+    if "encoder" in parts and embedder.encoder is None:
+        raise ValueError("--random_init encoder: the model has no encoder.")
+    if parts & {"encoder", "audio"}:
+        fresh = MelLLMAudioEmbedder(embedder.config).to(like)
+        if "audio" in parts:
+            fresh.normalizer = embedder.normalizer  # measured, not learnt
+            model.model.audio_embedder = fresh
+            projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
+            model.model.multi_modal_projector = projector.to(like)
+            if model.ctc_head is not None:
+                model.ctc_head = MelLLMCTCHead(config).to(like)
+                model._init_weights(model.ctc_head.proj)
+        else:
+            embedder.encoder = fresh.encoder
+
+
 def load_mel_llm(name: str, processor, model_args: ModelArguments, speaks: bool, loading: dict):
     """A Mel-LLM as it is; one that has only read so far gets a speech head if it is to speak."""
     options = {key: loading[key] for key in ("revision",) if key in loading}
@@ -403,6 +482,8 @@ def set_vocoder(model, processor, vocoder: str | None) -> None:
 def is_changed(model, model_args: ModelArguments) -> bool:
     """Whether a Mel-LLM was given a speech head or another vocoder than it had where it was loaded from."""
     before = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.revision or "main")
+    if model_args.random_init:
+        return True
     return model_args.vocoder is not None or (before.speech_config is None) != (model.config.speech_config is None)
 
 
@@ -473,7 +554,16 @@ def add_lora(
         return PeftModel.from_pretrained(model, adapters, config=config, is_trainable=True)
     fields = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
     fields = {key: value for key, value in fields.items() if value is not None}
-    return get_peft_model(model, lora_config(model, model_args.lora, **fields))
+    # Layers that begin with somebody's adapters keep these; new adapters that are not trained are not made
+    frozen = () if model_args.init_adapter or model_args.freeze_layers is None else frozen_layers(model, model_args)
+    model = get_peft_model(model, lora_config(model, model_args.lora, frozen_layers=frozen, **fields))
+    if model_args.init_adapter:
+        load_adapter(model, model_args.init_adapter)
+    return model
+
+
+def frozen_layers(model, model_args: ModelArguments) -> list[int]:
+    return layers_of(model_args.freeze_layers, model.config.text_config.num_hidden_layers)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -503,6 +593,8 @@ def length_of(training_args: SpeechTrainingArguments, model_args: ModelArguments
         "tasks": data_args.tasks,
         # Written beside the model, and compared by the next start: without the folders of this machine
         "vocoder": local_name(vocoder) if vocoder and os.path.exists(os.path.expanduser(vocoder)) else vocoder,
+        # Only where there is something to tell, so that runs from before are still known as finished
+        **({"freeze_layers": model_args.freeze_layers} if model_args.freeze_layers else {}),
     }
 
 
@@ -510,7 +602,7 @@ def describe_setup(model_args: ModelArguments, data_args: DataArguments, sources
     """What the run began with, for its summary and the model's card."""
 
     def described(sources, split):
-        named = ("place", "config", "weight", "task", "streaming")
+        named = ("place", "config", "weight", "task", "streaming", "fraction", "hours")
         return [
             {key: getattr(source, key) for key in named}
             | {"split": source.split or split, "is_local": os.path.exists(os.path.expanduser(source.place))}
@@ -523,6 +615,8 @@ def describe_setup(model_args: ModelArguments, data_args: DataArguments, sources
         "model_is_local": name is None or os.path.exists(os.path.expanduser(name)),
         "train_data": described(sources, "train"),
         "eval_data": described(eval_sources, "validation"),
+        **({"random_init": model_args.random_init} if model_args.random_init else {}),
+        **({"init_adapter": model_args.init_adapter} if model_args.init_adapter else {}),
         "wer_normalizer": data_args.wer_normalizer,
         "augmentation": {name: getattr(data_args, name) for name in AUGMENTATIONS},
     }
@@ -541,6 +635,18 @@ def check_checkpoint(checkpoint: str, model_args: ModelArguments) -> None:
         asked = {"r": model_args.lora_r or LORA_PRESETS.get(model_args.lora, {}).get("r")}
         if before["r"] != asked["r"]:
             raise ValueError(f"{checkpoint} has adapters of rank {before['r']}, not {asked['r']}.")
+
+
+def check_frozen(checkpoint: str, model, model_args: ModelArguments) -> None:
+    """Refuses to go on with adapters in other layers."""
+    if model_args.lora is None:
+        return
+    before = json.loads((Path(checkpoint) / "adapter_config.json").read_text(encoding="utf-8")).get("exclude_modules")
+    if before != model.peft_config["default"].exclude_modules:
+        raise ValueError(
+            f"{checkpoint} has adapters in other layers than --freeze_layers {model_args.freeze_layers} leaves. Go on in its "
+            "way, or choose another --output_dir."
+        )
 
 
 def finished_length(folder: str) -> dict | None:
@@ -683,11 +789,17 @@ def prepare(argv: list[str]) -> Run | None:
     if model_args.remote_code:
         export_remote_code(model)
         export_remote_code(processor)
+    frozen = [] if model_args.freeze_layers is None else frozen_layers(model, model_args)
     if model_args.lora is not None:
         needs_base = is_new or is_changed(model, model_args)
         model = add_lora(model, processor, model_args, training_args, needs_base, adapters)
     if model_args.freeze:
         freeze(model, model_args.freeze)
+    if frozen:
+        freeze_layers(model, frozen)
+    if checkpoint is not None:
+        check_frozen(checkpoint, model, model_args)
+    logger.info(trainable_table(describe_trainable(model)))
     logger.info("{:,} of {:,} parameters are trained.".format(*count_parameters(model)))
 
     later = data_args.features_on_device
@@ -729,6 +841,7 @@ def transcripts(datasets_: list):
 def train(run: Run) -> None:
     trainer, folder = run.trainer, run.trainer.args.output_dir
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+    resources = trainer.meter.result(trainer.args.world_size)
     if trainer.state.global_step == 0:
         sys.exit(
             "train.py: not one step was trained, so nothing is saved: fewer clips than a batch (--dataloader_drop_last), or "
@@ -736,13 +849,13 @@ def train(run: Run) -> None:
         )
     if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}
-    parameters = count_parameters(trainer.model)
+    parameters, trainable = count_parameters(trainer.model), describe_trainable(trainer.model)
     if run.merge_lora:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     save_whole(trainer, run.processor, folder)
     trainer.save_state()
     if trainer.args.should_save:
-        write_summary(run, metrics, parameters)
+        write_summary(run, metrics, parameters, trainable, resources)
         trainer.create_model_card()
         logger.info(f"The trained model is in {folder}.")
         if trainer.args.push_to_hub:
@@ -775,7 +888,9 @@ def without_places(setup: dict, reports: dict) -> tuple[dict, dict]:
     return {**setup, **named}, reports
 
 
-def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
+def write_summary(
+    run: Run, metrics: dict, parameters: tuple[int, int], trainable: list[dict], resources: dict
+) -> None:
     """What was trained, on what and with which result, beside the model."""
     train_set = run.trainer.train_dataset
     if run.stream_counts is not None:
@@ -793,7 +908,8 @@ def write_summary(run: Run, metrics: dict, parameters: tuple[int, int]) -> None:
         "metrics": metrics,
         "data": reports,
         "skipped_in_training": skipped,
-        "parameters": {"trained": parameters[0], "all": parameters[1]},
+        "parameters": {"trained": parameters[0], "all": parameters[1], "parts": trainable},
+        "resources": resources,
         "versions": {
             "mel_llm": mel_llm.__version__,
             "torch": torch.__version__,

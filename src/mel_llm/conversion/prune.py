@@ -15,18 +15,27 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 
 
-def parse_layers(text: str) -> list[int]:
-    """`"0-5,28,29"` to the numbers.
+def parse_layers(text: str, num_layers: int | None = None) -> list[int]:
+    """`"0-5,28,29"` to the numbers; `"L0-5"` is the same, and `"24-"` goes up to the last of `num_layers`.
+
+    Args:
+        text: Layers, counted from 0, and ranges of them, both ends included.
+        num_layers (`int`, *optional*): How many there are. Without it, what is written is taken on trust.
 
     Raises:
-        ValueError: It is not written so.
+        ValueError: It is not written so, a range runs backwards, or a layer is not there.
     """
     layers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
+        match = re.fullmatch(r"\s*[Ll]?(\d{1,6})\s*(-\s*(?:[Ll]?(\d{1,6})\s*)?)?", part)
+        if match is None or (match[2] and not match[3] and num_layers is None):
             raise ValueError(f"Layers are written 0-5,28,29; got {text!r}.")
-        first, last = int(match[1]), int(match[2] or match[1])
+        first = int(match[1])
+        last = first if not match[2] else int(match[3]) if match[3] else num_layers - 1
+        if num_layers is not None and max(first, last) >= num_layers:
+            raise ValueError(f"{text!r} names layer {max(first, last)}, but the layers are 0 to {num_layers - 1}.")
+        if last < first:
+            raise ValueError(f"Layers are written 0-5,28,29; {part.strip()!r} runs backwards.")
         layers += range(first, last + 1)
     return layers
 

@@ -5,7 +5,8 @@ from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
 from .conditions import RecordingConditions, VoiceWarp
 from .ctc import count_unspellable, ctc_bytes
 from .dataset import SpeechDataset, stream_examples
-from .lora import LORA_PRESETS, count_parameters, freeze, lora_config
+from .freezing import describe_trainable, freeze_layers, trainable_table
+from .lora import LORA_PRESETS, count_parameters, freeze, load_adapter, lora_config
 from .report import DataReport, select_clips
 from .sampler import SpeechSampler
 from .sources import TASKS, SpeechSource, load_source
@@ -37,8 +38,11 @@ __all__ = [
     "count_parameters",
     "count_unspellable",
     "ctc_bytes",
+    "describe_trainable",
     "freeze",
+    "freeze_layers",
     "last_checkpoint",
+    "load_adapter",
     "load_source",
     "lora_config",
     "push_whole",
@@ -48,4 +52,5 @@ __all__ = [
     "select_clips",
     "stream_examples",
     "train_tokenizer",
+    "trainable_table",
 ]

@@ -70,6 +70,27 @@ class ModelArguments:
             "help": "Save this package's code beside the model, for those who load it with trust_remote_code=True."
         },
     )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --lora: a folder with adapters of the same rank that these begin as, whatever front end they were "
+            "trained with. New ones change nothing at first."
+        },
+    )
+    random_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parts of --model_name_or_path that begin with random weights instead of their own: backbone (the language "
+            "model), encoder (the Conformer blocks), audio (embedder with encoder, projector, CTC head); several with commas."
+        },
+    )
+    freeze_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers of the language model that are not trained, counted from 0: L24-31, 24-, 0-3,7. With --lora they "
+            "get no adapters; with --init_adapter they keep theirs as they are."
+        },
+    )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Regular expressions; parameters whose names match are not trained."}
     )

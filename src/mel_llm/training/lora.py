@@ -1,12 +1,16 @@
 """LoRA presets: which layers of the language model get adapters, and what must be saved with them."""
 
+import json
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
+from .freezing import find_layers
 
 
 # Rank and scale of the paper; its dropout is Phi-4-multimodal's. "small" is ours.
@@ -19,7 +23,11 @@ _NEW_MODULES = ("audio_embedder", "multi_modal_projector", "speech_head", "ctc_h
 
 
 def lora_config(
-    model: MelLLMForSpeechSeq2Seq, preset: str = "small", new_token_ids: list[int] | None = None, **overrides
+    model: MelLLMForSpeechSeq2Seq,
+    preset: str = "small",
+    new_token_ids: list[int] | None = None,
+    frozen_layers: Sequence[int] = (),
+    **overrides,
 ):
     r"""A `peft.LoraConfig` for a Mel-LLM: `get_peft_model(model, lora_config(model))`.
 
@@ -32,10 +40,12 @@ def lora_config(
         preset (`str`, defaults to `"small"`): `"paper"` is r=320, alpha=640; `"small"` is r=16, alpha=32 (ours).
         new_token_ids (`list[int]`, *optional*): Tokens whose embeddings are new too. Exactly their rows are trained and
             saved, not the whole matrix.
+        frozen_layers (`Sequence[int]`, *optional*): Layers of the language model that get no adapters: the paper's ablation
+            freezes the upper ones. A new adapter that is never trained changes nothing, so none is made.
         overrides: Fields of `LoraConfig`.
 
     Raises:
-        ValueError: There is no such preset, or a token id is outside of the vocabulary.
+        ValueError: There is no such preset, a token id is outside of the vocabulary, or every layer is frozen.
     """
     from peft import LoraConfig
 
@@ -47,6 +57,15 @@ def lora_config(
         "modules_to_save": [name for name in _NEW_MODULES if _has_module(model, name)],
         **overrides,
     }
+    if frozen_layers:
+        path, layers = find_layers(model)
+        if set(frozen_layers) >= set(range(len(layers))):
+            raise ValueError(
+                "`frozen_layers` are all the layers, so there is nothing for LoRA to adapt. To train the audio side alone, "
+                "leave LoRA out and freeze the language model."
+            )
+        numbers = "|".join(map(str, sorted(set(frozen_layers))))
+        fields["exclude_modules"] = rf"(?:.*\.)?{re.escape(path)}\.(?:{numbers})\..*"
     if new_token_ids:
         size = model.get_input_embeddings().num_embeddings
         if not all(0 <= index < size for index in new_token_ids):
@@ -75,6 +94,45 @@ def _embedding_name(model: MelLLMForSpeechSeq2Seq) -> str:
         if module is embeddings:
             return name
     raise ValueError(f"{type(model).__name__} has no module for its input embeddings.")
+
+
+def load_adapter(model: nn.Module, folder: str) -> None:
+    """Starts the LoRA adapters of `model` from those of another run, over whatever front end that one had (paper: the
+    LoRA that Phi-4-multimodal learnt with its encoder is where Mel-LLM without one begins).
+
+    Args:
+        model: A `PeftModel` with adapters of the same rank.
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`. The modules that were saved whole beside the
+            adapters, the audio side, are not read.
+
+    Raises:
+        FileNotFoundError: There is no adapter in the folder.
+        ValueError: It is for other layers or of another size, or scaled differently.
+    """
+    from safetensors.torch import load_file
+
+    paths = [Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no adapter: {path.name} is not there.")
+    theirs = json.loads(paths[0].read_text(encoding="utf-8"))
+    ours = model.peft_config["default"]
+    for name in ("r", "lora_alpha"):
+        if theirs.get(name) != getattr(ours, name):
+            raise ValueError(f"{folder} has adapters with {name} {theirs.get(name)}, not {getattr(ours, name)}.")
+    weights = {name: value for name, value in load_file(paths[1]).items() if ".lora_" in name}
+    parameters = {
+        name.replace(".default.", "."): parameter for name, parameter in model.named_parameters() if ".lora_" in name
+    }
+    wrong = sorted(weights.keys() ^ parameters.keys())
+    wrong = wrong or sorted(name for name in weights if weights[name].shape != parameters[name].shape)
+    if wrong:
+        raise ValueError(
+            f"{folder} has adapters of another model than this: {len(wrong)} of {len(parameters)} differ, {wrong[0]} first."
+        )
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
@@ -108,4 +166,4 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(parameter.numel() for parameter in tensors.values())
 
 
-__all__ = ["LORA_PRESETS", "count_parameters", "freeze", "lora_config"]
+__all__ = ["LORA_PRESETS", "count_parameters", "freeze", "load_adapter", "lora_config"]

@@ -1,5 +1,7 @@
 """What is in the data, told before training starts: how much, how long, what is left out and why."""
 
+import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -77,7 +79,13 @@ def clip_duration(row: dict[str, Any]) -> float:
 
 
 def select_clips(
-    data, tokenizer, min_seconds: float = 0.0, max_seconds: float = float("inf"), max_tokens: int | None = None
+    data,
+    tokenizer,
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    max_tokens: int | None = None,
+    fraction: float | None = None,
+    hours: float | None = None,
 ) -> tuple[Any, list[float], DataReport]:
     """Leaves out what cannot be trained on, and tells what is there. Only headers are read, where no duration is given.
 
@@ -86,6 +94,8 @@ def select_clips(
         tokenizer (*optional*): Counts the tokens of the transcripts. Without one, transcripts do not matter.
         min_seconds, max_seconds (`float`): Clips outside are left out.
         max_tokens (`int`, *optional*): So are longer transcripts.
+        fraction, hours (`float`, *optional*): Of what is left, only this share, or clips of about so many hours: see
+            [`SpeechSource`].
 
     Returns:
         The rows kept, the seconds of each, and the report.
@@ -110,9 +120,37 @@ def select_clips(
         kept.append(index)
         lengths.append(seconds)
         token_counts.append(num_tokens)
+    if fraction is not None or hours is not None:
+        rows = data.select(kept)
+        part = _part(
+            [_rank(*row) for row in zip(rows["origin"], rows["offset"], rows["text"], strict=True)],
+            lengths,
+            fraction,
+            hours,
+        )
+        left_out["beyond the part that is asked for"] = len(kept) - len(part)
+        kept, lengths, token_counts = ([values[place] for place in part] for values in (kept, lengths, token_counts))
     report = describe(lengths, token_counts)
     report.left_out, report.unreadable = dict(left_out), unreadable
     return (data if len(kept) == len(data) else data.select(kept)), lengths, report
+
+
+def _rank(origin: str, offset: float | None, text: str) -> bytes:
+    """A clip's place in an order that no seed, machine or neighbour has a part in: its folders are not, its name is."""
+    name = os.path.basename(origin.replace("\\", "/"))
+    return hashlib.blake2b(f"{name}\0{offset}\0{text}".encode(), digest_size=8).digest()
+
+
+def _part(ranks: list[bytes], lengths: list[float], fraction: float | None, hours: float | None) -> list[int]:
+    """Places of the clips that come first by rank, in their own order: at least one, where there are any."""
+    order = sorted(range(len(ranks)), key=lambda place: (ranks[place], place))
+    if fraction is not None:
+        count = math.ceil(round(fraction * len(order), 6))
+    else:
+        # As near to the hours as whole clips come
+        ends = np.cumsum([lengths[place] for place in order])
+        count = max(1, int(np.searchsorted(ends - np.asarray([lengths[p] for p in order]) / 2, hours * 3600)))
+    return sorted(order[:count])
 
 
 def _reason(text, seconds, num_tokens, min_seconds, max_seconds, max_tokens) -> str | None:

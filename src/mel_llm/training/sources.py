@@ -69,6 +69,9 @@ class SpeechSource:
         exclude (`str`, *optional*): `COLUMN:PATTERN`; rows whose column matches the shell pattern are left out.
         revision (`str`, *optional*): Revision of a dataset of the Hub.
         task (`str`, *optional*): The one task that it is for, `asr` or `tts`; by default every task of the run.
+        fraction (`float`, *optional*), hours (`float`, *optional*): Only this share of its usable clips, or clips of about
+            so many hours. Which ones is decided by their names and texts, so a smaller part lies within a larger one, on
+            any machine and for any seed.
 
     Raises:
         ValueError: A field has a value that it cannot have.
@@ -87,6 +90,8 @@ class SpeechSource:
     exclude: str | None = None
     revision: str | None = None
     task: str | None = None
+    fraction: float | None = None
+    hours: float | None = None
 
     def __post_init__(self):
         if not self.place:
@@ -97,6 +102,14 @@ class SpeechSource:
             raise ValueError(f"{self.place}: `task` must be one of {', '.join(TASKS)}, got {self.task!r}.")
         if self.instruction is not None and self.instruction_column is not None:
             raise ValueError(f"{self.place}: give `instruction` or `instruction_column`, not both.")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"{self.place}: `fraction` must be more than 0 and at most 1, got {self.fraction}.")
+        if self.hours is not None and not 0 < self.hours < float("inf"):
+            raise ValueError(f"{self.place}: `hours` must be more than 0, got {self.hours}.")
+        if self.fraction is not None and self.hours is not None:
+            raise ValueError(f"{self.place}: give a `fraction` or `hours`, not both.")
+        if self.streaming and (self.fraction is not None or self.hours is not None):
+            raise ValueError(f"{self.place}: a stream has no `fraction` and no `hours`; it ends with --max_steps.")
         if self.exclude is not None and ":" not in self.exclude:
             raise ValueError(f"{self.place}: `exclude` must be COLUMN:PATTERN, got {self.exclude!r}.")
 
@@ -114,11 +127,11 @@ class SpeechSource:
                     f"{', '.join(sorted(known))}; a place cannot have a comma in its name."
                 )
             values[key] = value
-        if "weight" in values:
+        for key in {"weight", "fraction", "hours"} & values.keys():
             try:
-                values["weight"] = float(values["weight"])
+                values[key] = float(values[key])
             except ValueError:
-                raise ValueError(f"Data source {text!r}: `weight` must be a number.") from None
+                raise ValueError(f"Data source {text!r}: `{key}` must be a number.") from None
         if "streaming" in values:
             choices = {"true": True, "1": True, "false": False, "0": False}
             if values["streaming"].lower() not in choices:

@@ -22,6 +22,7 @@ from .collator import TaskCollator
 from .dataset import SpeechDataset
 from .lora import count_parameters
 from .sampler import SpeechSampler
+from .throughput import ThroughputMeter
 
 
 logger = logging.get_logger(__name__)
@@ -78,6 +79,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.train_sampler = train_sampler
         self._terms = _Means()
         self.add_callback(_CountUpdates())
+        self.meter = ThroughputMeter(self.model.config.audio_config.frame_rate)
+        self.add_callback(self.meter)
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
 
@@ -99,6 +102,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         weight = _weight(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
+            self.meter.add(inputs)
             self._terms.add(_terms_of(outputs), weight)
             if isinstance(self.data_collator, TaskCollator) and not _is_spoken(inputs):
                 self._terms.add({"asr_loss": loss.detach()}, weight)

@@ -1,0 +1,86 @@
+"""How fast a run trains and how much memory it takes, for its summary. Ours."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+
+class ThroughputMeter(TrainerCallback):
+    r"""Seconds of audio trained per second, over all steps but the first, which warms up.
+
+    Loading data is part of it; evaluating and saving are not. Nothing waits for the device until the result is asked for.
+
+    Args:
+        frame_rate (`float`): Mel frames per second.
+    """
+
+    def __init__(self, frame_rate: float):
+        self.frame_rate = frame_rate
+        self.steps, self.seconds = 0, 0.0
+        self.frames: torch.Tensor | int = 0
+        self.pending: torch.Tensor | int = 0  # of the step that is under way
+        self.mark: float | None = None
+
+    def add(self, inputs: dict[str, Any]) -> None:
+        """Counts a batch that is trained on, to read or to speak."""
+        labels = inputs.get("labels")
+        if labels is not None and labels.is_floating_point():
+            self.pending = self.pending + (labels[..., 0] != -100).sum()
+            return
+        features = inputs.get("input_features")
+        mask = inputs.get("input_features_mask")
+        if mask is None and "input_ids" not in inputs:
+            mask = inputs.get("attention_mask")
+        if mask is not None:
+            self.pending = self.pending + mask.sum()
+        elif features is not None:
+            self.pending = self.pending + features.shape[0] * features.shape[1]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        if self.mark is not None:
+            self.steps += 1
+            self.seconds += now - self.mark
+            self.frames = self.frames + self.pending
+        self.mark, self.pending = now, 0
+
+    def _restart(self, *args, **kwargs):
+        if self.mark is not None:
+            self.mark = time.perf_counter()
+
+    on_evaluate = on_save = _restart
+
+    def result(self, world_size: int = 1) -> dict[str, Any]:
+        """`audio_seconds_per_second`, of all processes together (`None` after a single step), the `steps` that it was measured
+        over, and peaks in bytes, the greatest of any process: `peak_memory` of the process, libraries and all (`None` where
+        the system does not tell), and `peak_gpu_memory`, allocated by torch. All processes must ask."""
+        speed = float(self.frames) / self.frame_rate / self.seconds if self.seconds else None
+        on_gpu = torch.cuda.is_available()
+        mine = (speed, peak_memory(), torch.cuda.max_memory_allocated() if on_gpu else None)
+        parts = gather_object([mine]) if world_size > 1 else [mine]
+        speeds, memory, gpu = ([value for value in values if value is not None] for values in zip(*parts, strict=True))
+        return {
+            "audio_seconds_per_second": round(sum(speeds), 3) if speeds else None,
+            "steps": self.steps,
+            "peak_memory": max(memory, default=None),
+            "peak_gpu_memory": max(gpu, default=None),
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "processes": world_size,
+        }
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process has had in memory so far."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+__all__ = ["ThroughputMeter", "peak_memory"]
