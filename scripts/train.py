@@ -24,6 +24,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -62,17 +63,22 @@ from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
     LORA_PRESETS,
     TASKS,
+    PackedTranscriptionCollator,
     RecordingConditions,
     SpecAugment,
     SpeechDataset,
     SpeechSampler,
     SpeechSource,
+    SpeechStream,
     SpeechTrainer,
     SpeedPerturbation,
     SynthesisCollator,
     TaskCollator,
+    TokenBudgetSampler,
+    TokenCounter,
     TranscriptionCollator,
     VoiceWarp,
+    check_packing,
     compute_feature_statistics,
     count_parameters,
     count_unspellable,
@@ -85,9 +91,9 @@ from mel_llm.training import (
     lora_config,
     push_whole,
     repo_of,
+    resume_stream,
     save_whole,
     select_clips,
-    stream_examples,
     train_tokenizer,
     trainable_table,
 )
@@ -162,7 +168,22 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
                 parser.error(
                     f"--{name} is for reading: it would change the voices and the sound that --tasks tts learns."
                 )
+    check_batching(parser, data_args, training_args)
     return model_args, data_args, training_args
+
+
+def check_batching(parser: HfArgumentParser, data_args: DataArguments, training_args: SpeechTrainingArguments) -> None:
+    if data_args.max_batch_tokens is not None and data_args.max_batch_tokens < 1:
+        parser.error(f"--max_batch_tokens must be at least 1, got {data_args.max_batch_tokens}.")
+    if data_args.packing and "asr" not in data_args.tasks:
+        parser.error("--packing is for reading: add asr to --tasks.")
+    if data_args.packing and training_args.label_smoothing_factor:
+        parser.error("--label_smoothing_factor does not go with --packing.")
+    for name in ("packing", "max_batch_tokens"):
+        if getattr(data_args, name) and training_args.n_gpu > 1:
+            parser.error(f"--{name} needs a process for each GPU: torchrun --nproc_per_node {training_args.n_gpu} ...")
+        if getattr(data_args, name) and training_args.auto_find_batch_size:
+            parser.error(f"--{name} and --auto_find_batch_size both decide what a batch is: leave one of them out.")
 
 
 def arguments_of(values: dict) -> list[str]:
@@ -227,6 +248,19 @@ def mix_streams(sources: list[SpeechSource], datasets_: list, seed: int):
         seed=seed,
         stopping_strategy="all_exhausted",
     )
+
+
+def set_workers(stream: SpeechStream, training_args: SpeechTrainingArguments) -> None:
+    """No more workers than there are shards for them: one without would wait for ever."""
+    most = stream.max_workers()
+    if training_args.dataloader_num_workers > most:
+        logger.warning(f"--dataloader_num_workers is {most}: the stream has no more shards for each process.")
+        training_args.dataloader_num_workers = most
+    if stream.stream.n_shards % training_args.world_size:
+        logger.warning(
+            f"The stream's {stream.stream.n_shards} shards cannot be divided evenly among {training_args.world_size} "
+            "processes: each reads all of it and keeps its share of the rows."
+        )
 
 
 @dataclass
@@ -304,6 +338,45 @@ def mixing_weights(selections: list[Selection], data_args: DataArguments) -> lis
         task_weights[selection.task] * share / totals[selection.task]
         for selection, share in zip(selections, shares, strict=True)
     ]
+
+
+def budget_sampler(
+    selections: list[Selection],
+    data: SpeechDataset,
+    counter: TokenCounter,
+    data_args: DataArguments,
+    training_args: SpeechTrainingArguments,
+) -> TokenBudgetSampler:
+    """Batches by --max_batch_tokens.
+
+    Raises:
+        ValueError: A clip is beyond the budget by itself.
+    """
+    audio = [counter.audio(selection.seconds, selection.task) for selection in selections]
+    text = [counter.text(selection.rows["text"], selection.task) for selection in selections]
+    audio_tokens, text_tokens = np.concatenate(audio), np.concatenate(text)
+    total = audio_tokens + text_tokens
+    if total.max() > data_args.max_batch_tokens:
+        row = data.data[int(total.argmax())]
+        raise ValueError(
+            f"--max_batch_tokens {data_args.max_batch_tokens}: {int((total > data_args.max_batch_tokens).sum())} clips need "
+            f"more by themselves, {row['origin']} {total.max()}. Raise it, or leave them out with --max_seconds or "
+            "--max_tokens."
+        )
+    seconds = [length for selection in selections for length in selection.seconds]
+    return TokenBudgetSampler(
+        audio_tokens,
+        text_tokens,
+        data_args.max_batch_tokens,
+        [len(selection.seconds) for selection in selections],
+        mixing_weights(selections, data_args),
+        training_args.seed,
+        [selection.task for selection in selections],
+        counter.packed,
+        training_args.world_size,
+        training_args.process_index,
+        (lambda epoch: data.partners(seconds, epoch)) if data_args.voice_pairs else None,
+    )
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
@@ -694,6 +767,10 @@ def prepare(argv: list[str]) -> Run | None:
         raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
     if streaming and len(data_args.tasks) > 1:
         raise ValueError("A stream is for one task at a time: give --tasks one of them, or data that does not stream.")
+    if streaming and "epoch" in (training_args.save_strategy, training_args.eval_strategy):
+        raise ValueError("A stream has no epochs: --save_strategy and --eval_strategy must be steps or no.")
+    if streaming and training_args.auto_find_batch_size:
+        raise ValueError("--auto_find_batch_size is for data that does not stream: try --max_batch_tokens.")
     if streaming and training_args.max_steps <= 0:
         raise ValueError("A stream has no length: say how long to train with --max_steps.")
     if any(source.streaming for source in eval_sources):
@@ -715,6 +792,8 @@ def prepare(argv: list[str]) -> Run | None:
         )
     adapters, model_args = find_adapters(model_args)
     model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), speaks)
+    if data_args.packing:
+        check_packing(model)
     set_vocoder(model, processor, model_args.vocoder)
     if isinstance(model, MelLLMForTextToSpeech):
         if model.vocoder is not None:
@@ -724,11 +803,14 @@ def prepare(argv: list[str]) -> Run | None:
     rate = processor.feature_extractor.sampling_rate
     speed = SpeedPerturbation(tuple(data_args.speed_factors)) if data_args.speed_factors else None
     conditions = RecordingConditions() if data_args.conditions else None
+    slowest = min(data_args.speed_factors, default=1.0)
+    counter = TokenCounter(processor, model.config, slowest, ["asr"] if data_args.packing else [])
     reports: dict[str, dict] = {}
     sampler = counts = eval_set = None
     if streaming:
-        train_set, counts = stream_examples(
+        train_set = SpeechStream(
             mix_streams(sources, train_data, training_args.seed),
+            training_args.train_batch_size,
             rate,
             speed,
             training_args.seed,
@@ -736,12 +818,23 @@ def prepare(argv: list[str]) -> Run | None:
             data_args.max_seconds,
             data_args.shuffle_buffer,
             conditions,
+            training_args.process_index,
+            training_args.world_size,
+            data_args.max_batch_tokens,
+            counter,
+            data_args.tasks[0],
+            # By what tells sources apart, without the folders of this machine
+            {"sources": [f"{source.config}:{source.split}:{source.weight}" for source in sources]},
         )
+        set_workers(train_set, training_args)
+        counts = train_set.counts
+        if checkpoint is not None and not training_args.ignore_data_skip:
+            resume_stream(train_set, checkpoint, training_args)
         longest = data_args.max_seconds
         is_untrained = is_new or not has_statistics(model)
-        measured = list(train_set.take(min(200, data_args.statistics_clips))) if is_untrained else []
-        # Each process reads a part of its own; one that reads for all needs batches of one shape
-        training_args.accelerator_config.dispatch_batches = False
+        measured = train_set.take(min(200, data_args.statistics_clips)) if is_untrained else []
+        if is_untrained and not measured:
+            raise ValueError("The stream has not one clip that can be used: check the data and its limits.")
     else:
         selections, reports["train"] = select_all(sources, train_data, processor, data_args, "Training")
         train_set = measured = SpeechDataset(
@@ -754,16 +847,19 @@ def prepare(argv: list[str]) -> Run | None:
             data_args.max_seconds,
         )
         lengths = [seconds for selection in selections for seconds in selection.seconds]
-        sampler = SpeechSampler(
-            lengths,
-            [len(selection.seconds) for selection in selections],
-            mixing_weights(selections, data_args),
-            training_args.train_batch_size * training_args.world_size,
-            training_args.seed,
-            [selection.task for selection in selections],
-            data_args.group_by_length,
-            train_set.epoch_lengths if data_args.voice_pairs else None,
-        )
+        if data_args.max_batch_tokens is not None:
+            sampler = budget_sampler(selections, train_set, counter, data_args, training_args)
+        else:
+            sampler = SpeechSampler(
+                lengths,
+                [len(selection.seconds) for selection in selections],
+                mixing_weights(selections, data_args),
+                training_args.train_batch_size * training_args.world_size,
+                training_args.seed,
+                [selection.task for selection in selections],
+                data_args.group_by_length,
+                train_set.epoch_lengths if data_args.voice_pairs else None,
+            )
         longest = max(lengths)
     if eval_sources:
         chosen, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
@@ -803,17 +899,22 @@ def prepare(argv: list[str]) -> Run | None:
     logger.info("{:,} of {:,} parameters are trained.".format(*count_parameters(model)))
 
     later = data_args.features_on_device
+    reading = {
+        "processor": processor,
+        "spec_augment": SpecAugment() if data_args.spec_augment else None,
+        "features_later": later,
+        "spell": audio_config.ctc_weight > 0,
+        "voice_warp": VoiceWarp(processor.feature_extractor, data_args.voice_warp) if data_args.voice_warp else None,
+    }
     collators = {
-        "asr": TranscriptionCollator(
-            processor,
-            spec_augment=SpecAugment() if data_args.spec_augment else None,
-            features_later=later,
-            spell=audio_config.ctc_weight > 0,
-            voice_warp=VoiceWarp(processor.feature_extractor, data_args.voice_warp) if data_args.voice_warp else None,
-        ),
+        "asr": TranscriptionCollator(**reading),
         "tts": SynthesisCollator(processor, features_later=later),
     }
     collator = TaskCollator(collators) if len(data_args.tasks) > 1 else collators[data_args.tasks[0]]
+    train_collator = None
+    if data_args.packing:
+        packing = {**collators, "asr": PackedTranscriptionCollator(**reading, config=model.config)}
+        train_collator = TaskCollator(packing) if len(data_args.tasks) > 1 else packing["asr"]
     compute_metrics = None  # without generation there are no transcripts to compare
     if eval_sources and training_args.predict_with_generate and "asr" in data_args.tasks:
         compute_metrics = make_compute_metrics(processor, data_args.wer_normalizer)
@@ -827,6 +928,7 @@ def prepare(argv: list[str]) -> Run | None:
         compute_metrics=compute_metrics,
         train_sampler=sampler,
         ctc_only_steps=training_args.ctc_only_steps,
+        train_collator=train_collator,
     )
     length = length_of(training_args, model_args, data_args)
     return Run(trainer, processor, checkpoint, setup, model_args.merge_lora, length, reports, counts)

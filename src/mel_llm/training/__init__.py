@@ -4,15 +4,18 @@ from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
 from .conditions import RecordingConditions, VoiceWarp
 from .ctc import count_unspellable, ctc_bytes
-from .dataset import SpeechDataset, stream_examples
+from .dataset import SpeechDataset
 from .freezing import describe_trainable, freeze_layers, trainable_table
 from .lora import LORA_PRESETS, count_parameters, freeze, load_adapter, lora_config
+from .packing import PackedTranscriptionCollator, check_packing, pack_transcripts
 from .report import DataReport, select_clips
 from .sampler import SpeechSampler
 from .sources import TASKS, SpeechSource, load_source
 from .statistics import compute_feature_statistics
+from .streaming import SpeechStream
+from .token_budget import TokenBudgetSampler, TokenCounter, batch_tokens
 from .tokenizer import train_tokenizer
-from .trainer import SpeechTrainer, last_checkpoint, push_whole, repo_of, save_whole
+from .trainer import SpeechTrainer, last_checkpoint, push_whole, repo_of, resume_stream, save_whole
 from .vocoder import SegmentSampler, VocoderTrainer, VocoderTrainingArguments, round_trip_error
 
 
@@ -20,20 +23,26 @@ __all__ = [
     "LORA_PRESETS",
     "TASKS",
     "DataReport",
+    "PackedTranscriptionCollator",
     "RecordingConditions",
     "SegmentSampler",
     "SpecAugment",
     "SpeechDataset",
     "SpeechSampler",
     "SpeechSource",
+    "SpeechStream",
     "SpeechTrainer",
     "SpeedPerturbation",
     "SynthesisCollator",
     "TaskCollator",
+    "TokenBudgetSampler",
+    "TokenCounter",
     "TranscriptionCollator",
     "VocoderTrainer",
     "VocoderTrainingArguments",
     "VoiceWarp",
+    "batch_tokens",
+    "check_packing",
     "compute_feature_statistics",
     "count_parameters",
     "count_unspellable",
@@ -45,12 +54,13 @@ __all__ = [
     "load_adapter",
     "load_source",
     "lora_config",
+    "pack_transcripts",
     "push_whole",
     "repo_of",
+    "resume_stream",
     "round_trip_error",
     "save_whole",
     "select_clips",
-    "stream_examples",
     "train_tokenizer",
     "trainable_table",
 ]

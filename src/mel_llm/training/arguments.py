@@ -144,6 +144,19 @@ class DataArguments:
         },
     )
     group_by_length: bool = field(default=True, metadata={"help": "Batches of clips of similar length."})
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "As many clips to a batch as fit into so many tokens of the language model (audio, prompt and text, with "
+            "padding), in the place of --per_device_train_batch_size."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Reading: lay the clips of a batch one after another, without padding; each sees only itself."
+        },
+    )
     features_on_device: bool = field(
         default=False, metadata={"help": "Make features on the model's device instead of in the workers."}
     )

@@ -1,6 +1,5 @@
 """Speech for the Trainer: decoded by soundfile when it is needed, bad clips skipped, reported and counted."""
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from transformers.utils import logging
 from ..audio_utils_mel_llm import load_audio
 from .augmentation import SpeedPerturbation, example_seed
 from .conditions import RecordingConditions
-from .sources import COLUMNS
 
 
 logger = logging.get_logger(__name__)
@@ -145,18 +143,25 @@ class SpeechDataset(torch.utils.data.Dataset):
             return None
         return others[place] if others[place] != index else others[(place + 1) % len(others)]
 
-    def epoch_lengths(self, lengths: Sequence[float], epoch: int) -> Sequence[float]:
-        """Seconds of each example in an epoch, of the clips' own: more where another clip goes before it."""
+    def partners(self, lengths: Sequence[float], epoch: int) -> dict[int, int]:
+        """Which clips have another one in front of them in an epoch, and which; `lengths` are the clips' seconds."""
         if not self.of_speaker:
-            return lengths
+            return {}
         tasks = self.data["task"] if "task" in self.data.column_names else [None] * len(self)
-        longer = list(lengths)
+        pairs = {}
         for index, (speaker, task) in enumerate(zip(self.data["speaker"], tasks, strict=True)):
             if task not in (None, "tts"):
                 continue
             other = self._partner(speaker, index, example_seed(self.seed, epoch, index))
             if other is not None and lengths[index] + lengths[other] <= self.max_seconds:
-                longer[index] += lengths[other]
+                pairs[index] = other
+        return pairs
+
+    def epoch_lengths(self, lengths: Sequence[float], epoch: int) -> Sequence[float]:
+        """Seconds of each example in an epoch, of the clips' own: more where another clip goes before it."""
+        longer = list(lengths)
+        for index, other in self.partners(lengths, epoch).items():
+            longer[index] += lengths[other]
         return longer
 
     @property
@@ -169,75 +174,4 @@ class SpeechDataset(torch.utils.data.Dataset):
         return [self.data[int(i)].get("origin") or str(int(i)) for i in torch.where(self._bad)[0]]
 
 
-class _DecodeStream:
-    """Rows of a stream to examples; a clip that cannot be read, or is too short or too long, gives none."""
-
-    def __init__(self, sampling_rate, changes, seed, min_seconds, max_seconds):
-        self.sampling_rate, self.changes, self.seed = sampling_rate, changes, seed
-        self.min_samples, self.max_samples = min_seconds * sampling_rate, max_seconds * sampling_rate
-        self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # unreadable, outside the limits
-
-    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        examples: dict[str, list] = {"audio": [], "text": [], "augment_seed": [], "instruction": []}
-        columns = (rows[name] for name in ("audio", "text", "origin", "offset", "duration", "instruction"))
-        for audio, text, origin, offset, duration, instruction in zip(*columns, strict=True):
-            if not text:
-                self.counts[1] += 1
-                continue
-            try:
-                waveform = load_clip(audio, self.sampling_rate, offset, duration)
-            except CLIP_ERRORS as error:
-                self.counts[0] += 1
-                logger.warning(f"Skipped a clip that cannot be read: {origin}: {error}")
-                continue
-            if not self.min_samples <= len(waveform) <= self.max_samples:
-                self.counts[1] += 1
-                continue
-            # By content: the place in a stream depends on the worker that reads it
-            seed = example_seed(self.seed, 0, zlib.crc32(f"{origin}\0{text}".encode()))
-            for change in self.changes:
-                waveform = change(waveform, self.sampling_rate, seed)
-            examples["audio"].append(np.asarray(waveform, dtype=np.float32))
-            examples["text"].append(text)
-            examples["augment_seed"].append(seed)
-            examples["instruction"].append(instruction)
-        return examples
-
-
-def stream_examples(
-    stream,
-    sampling_rate: int = 16000,
-    speed: SpeedPerturbation | None = None,
-    seed: int = 0,
-    min_seconds: float = 0.0,
-    max_seconds: float = float("inf"),
-    buffer_size: int = 1000,
-    conditions: RecordingConditions | None = None,
-):
-    """The examples of a `datasets.IterableDataset`, decoded as they come.
-
-    It stays a dataset of `datasets`, which divides itself among workers and processes. Clips that cannot be read are
-    reported by name and left out, and so are those outside of the limits in seconds.
-
-    Args:
-        stream: With the columns of `mel_llm.training.sources`.
-        buffer_size (`int`, defaults to 1000): Rows (not yet decoded) that are shuffled at a time; 0 keeps the order.
-
-    Returns:
-        The dataset, and the shared counts `(unreadable, outside the limits)`, a tensor that grows while it is read.
-    """
-    if buffer_size:
-        stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
-    changes = [change for change in (speed, conditions) if change is not None]
-    decode = _DecodeStream(sampling_rate, changes, seed, min_seconds, max_seconds)
-    stream = stream.map(
-        decode,
-        batched=True,
-        batch_size=1,
-        remove_columns=list(COLUMNS),
-        features=None,
-    )
-    return stream, decode.counts
-
-
-__all__ = ["CLIP_ERRORS", "SpeechDataset", "stream_examples"]
+__all__ = ["CLIP_ERRORS", "SpeechDataset", "load_clip"]

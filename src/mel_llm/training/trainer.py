@@ -1,6 +1,7 @@
 """What the stock `Seq2SeqTrainer` needs to know about speech: the order of the clips, and features on the GPU; and how
 what it trained is saved and pushed as a whole."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..model_card import CARD, create_model_card
@@ -22,6 +24,8 @@ from .collator import TaskCollator
 from .dataset import SpeechDataset
 from .lora import count_parameters
 from .sampler import SpeechSampler
+from .streaming import STATE_KEY, SpeechStream, StreamCollator
+from .token_budget import TokenBudgetSampler
 from .throughput import ThroughputMeter
 
 
@@ -66,17 +70,30 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     In evaluation, clips that are to be spoken give a loss alone, always with the same noise.
 
+    A [`SpeechStream`] as `train_dataset` makes its own batches, and each checkpoint says where in it the run was.
+
     Args:
-        train_sampler ([`SpeechSampler`], *optional*): Order of a [`SpeechDataset`].
+        train_sampler ([`SpeechSampler`], *optional*): Order of a [`SpeechDataset`]; a [`TokenBudgetSampler`] also says what
+            a batch is, in the place of `per_device_train_batch_size`.
+        train_collator (*optional*): Makes the batches for training, where they are others than those for evaluation:
+            [`PackedTranscriptionCollator`].
         ctc_only_steps (`int`, defaults to 0): Steps at first in which the CTC head's loss is all that is learnt from
             reading: on little data a language model recites the transcripts before it has begun to listen (ours).
         kwargs: For `Seq2SeqTrainer`.
     """
 
-    def __init__(self, *args, train_sampler: SpeechSampler | None = None, ctc_only_steps: int = 0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        train_sampler: SpeechSampler | None = None,
+        ctc_only_steps: int = 0,
+        train_collator=None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.ctc_only_steps = ctc_only_steps
         self.train_sampler = train_sampler
+        self.train_collator = train_collator
         self._terms = _Means()
         self.add_callback(_CountUpdates())
         self.meter = ThroughputMeter(self.model.config.audio_config.frame_rate)
@@ -89,9 +106,47 @@ class SpeechTrainer(Seq2SeqTrainer):
             return self.train_sampler
         return super()._get_train_sampler(train_dataset)
 
+    def get_train_dataloader(self):
+        """Batches for training. Those of a [`SpeechStream`] or a [`TokenBudgetSampler`] are this process's own already."""
+        is_stream = isinstance(self.train_dataset, SpeechStream)
+        collator = self.data_collator if self.train_collator is None else self.train_collator
+        if is_stream:
+            options = {"batch_size": None, "collate_fn": StreamCollator(collator)}
+        elif isinstance(self.train_sampler, TokenBudgetSampler):
+            options = {"batch_sampler": self.train_sampler, "collate_fn": collator}
+        else:
+            evaluation, self.data_collator = self.data_collator, collator
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.data_collator = evaluation
+        args = self.args
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            **options,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        stream = self.train_dataset
+        if isinstance(stream, SpeechStream) and resume_from_checkpoint and not self.args.ignore_data_skip:
+            folder = resume_from_checkpoint
+            if not isinstance(folder, str | os.PathLike):
+                folder = last_checkpoint(self.args.output_dir)
+            if folder is not None:
+                resume_stream(stream, folder, self.args)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if "raw_speech" in inputs and hasattr(self.data_collator, "finish"):
-            inputs = self.data_collator.finish(inputs, device=self.args.device)
+        if STATE_KEY in inputs:
+            self.train_dataset.trained_on(inputs.pop(STATE_KEY))
+        in_training = self.model.training and self.train_collator is not None
+        collator = self.train_collator if in_training else self.data_collator
+        if "raw_speech" in inputs and hasattr(collator, "finish"):
+            inputs = collator.finish(inputs, device=self.args.device)
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
@@ -163,6 +218,8 @@ class SpeechTrainer(Seq2SeqTrainer):
             logs = {**logs, **self._terms.take(self.args.world_size)}
         if isinstance(self.train_dataset, SpeechDataset) and self.train_dataset.num_bad_clips:
             logs = {**logs, "bad_clips": self.train_dataset.num_bad_clips}
+        if isinstance(self.train_dataset, SpeechStream) and "loss" in logs:
+            logs = {**logs, "stream_passes": self.train_dataset.num_passes}
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -171,6 +228,11 @@ class SpeechTrainer(Seq2SeqTrainer):
         card = folder / CARD
         before = card.read_bytes() if card.is_file() else None
         super().save_model(output_dir, _internal_call)
+        if isinstance(self.train_dataset, SpeechStream) and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            # Before `trainer_state.json`, without which a checkpoint does not count
+            folder.mkdir(parents=True, exist_ok=True)
+            self.train_dataset.save_state(folder, self.args.dataloader_num_workers)
+            self.accelerator.wait_for_everyone()
         if self.args.should_save:
             card.unlink(missing_ok=True) if before is None else card.write_bytes(before)
             if folder == Path(
@@ -224,6 +286,17 @@ class SpeechTrainer(Seq2SeqTrainer):
             )
         except FileExistsError as error:
             logger.warning(f"{error} The card is left as it is.")
+
+
+def resume_stream(stream: SpeechStream, folder: str | os.PathLike, args: TrainingArguments) -> None:
+    """Sets a stream to where it was in a checkpoint.
+
+    Raises:
+        ValueError: See [`SpeechStream.load_state`].
+    """
+    step = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    accumulated = args.gradient_accumulation_steps
+    stream.load_state(folder, args.dataloader_num_workers, step * accumulated, args.max_steps * accumulated)
 
 
 def _is_spoken(inputs: dict[str, Any]) -> bool:
@@ -350,4 +423,4 @@ def push_whole(folder: str | os.PathLike, args: TrainingArguments) -> None:
     )
 
 
-__all__ = ["SpeechTrainer", "last_checkpoint", "push_whole", "repo_of", "save_whole"]
+__all__ = ["SpeechTrainer", "last_checkpoint", "push_whole", "repo_of", "resume_stream", "save_whole"]
