@@ -25,8 +25,8 @@ from .dataset import SpeechDataset
 from .lora import count_parameters
 from .sampler import SpeechSampler
 from .streaming import STATE_KEY, SpeechStream, StreamCollator
-from .token_budget import TokenBudgetSampler
 from .throughput import ThroughputMeter
+from .token_budget import TokenBudgetSampler
 
 
 logger = logging.get_logger(__name__)
