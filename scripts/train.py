@@ -1,9 +1,10 @@
-"""Trains a Mel-LLM on speech with transcripts: to read it, to speak it, or both.
+"""Trains a Mel-LLM on speech with transcripts: to read it, to speak it, to go on with it or to answer it, or several.
 
     python scripts/train.py --train_data recordings --output_dir runs/first --num_train_epochs 20
     python scripts/train.py --train_data recordings --output_dir runs/lora --lora small \\
         --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
     python scripts/train.py --train_data recordings --output_dir runs/both --tasks asr,tts
+    python scripts/train.py --train_data recordings questions --output_dir runs/spectron --tasks continuation,qa
     python scripts/train.py config.yaml --learning_rate 1e-4
 
 `--model_name_or_path` is the backbone: a causal language model to build a Mel-LLM around, or a Mel-LLM to go on with.
@@ -59,7 +60,11 @@ from mel_llm.publishing import without_paths
 from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
     LORA_PRESETS,
+    SPEAKING_TASKS,
     TASKS,
+    ContinuationCollator,
+    PromptCut,
+    QACollator,
     RecordingConditions,
     SpecAugment,
     SpeechDataset,
@@ -81,7 +86,9 @@ from mel_llm.training import (
     push_whole,
     repo_of,
     save_whole,
+    select_answered,
     select_clips,
+    select_continuations,
     stream_examples,
     train_tokenizer,
 )
@@ -129,17 +136,34 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
     weights = data_args.task_weights
     if weights and (len(weights) != len(data_args.tasks) or not all(0 < weight < math.inf for weight in weights)):
         parser.error(f"--task_weights must be a positive number for each of {', '.join(data_args.tasks)}.")
-    if "tts" in data_args.tasks and training_args.label_smoothing_factor:
-        parser.error("--label_smoothing_factor is for tokens, and --tasks tts has spectrograms for labels.")
+    spoken = [task for task in data_args.tasks if task in SPEAKING_TASKS]
+    if spoken and training_args.label_smoothing_factor:
+        parser.error(f"--label_smoothing_factor is for tokens, and --tasks {spoken[0]} has spectrograms for labels.")
     if not 0 <= data_args.voice_pairs <= 1 or (data_args.voice_pairs and "tts" not in data_args.tasks):
         parser.error("--voice_pairs is a share from 0 to 1, for --tasks tts.")
     if "asr" not in data_args.tasks:
         for name in ("spec_augment", "speed_factors", "conditions", "voice_warp"):
             if getattr(data_args, name):
                 parser.error(
-                    f"--{name} is for reading: it would change the voices and the sound that --tasks tts learns."
+                    f"--{name} is for reading: it would change the voices and the sound that --tasks {spoken[0]} learns."
                 )
+    try:
+        prompt_cut(data_args)
+        if not 0 <= data_args.skip_text_probability <= 1:
+            raise ValueError("skip_text_probability must be a share from 0 to 1.")
+    except ValueError as error:
+        parser.error(f"--{error}")
+    for name, tasks in (("prompt_fraction", {"continuation"}), ("skip_text_probability", {"continuation", "qa"})):
+        if getattr(data_args, name) and tasks.isdisjoint(data_args.tasks):
+            parser.error(f"--{name} is for --tasks {','.join(sorted(tasks))}.")
     return model_args, data_args, training_args
+
+
+def prompt_cut(data_args: DataArguments) -> PromptCut:
+    """Where clips are cut for continuation."""
+    return PromptCut(
+        data_args.prompt_seconds, data_args.prompt_fraction or None, data_args.min_continuation_seconds
+    )
 
 
 def arguments_of(values: dict) -> list[str]:
@@ -214,13 +238,32 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
         )
         logger.info(f"{what} data from {source.place}: {report}")
         reports[source.place] = report.to_dict()
-        for task in [source.task] if source.task else data_args.tasks:
-            rows = selected.add_column("task", [task] * len(seconds))
-            selections.append(Selection(source, task, rows, seconds))
+        for task in tasks_of(source, data, data_args.tasks):
+            rows, lengths = selected, seconds
+            if task in ("continuation", "qa"):
+                if task == "qa":
+                    rows, lengths, narrower = select_answered(selected, seconds, report, data_args.max_seconds)
+                else:
+                    rows, lengths, narrower = select_continuations(selected, seconds, report, prompt_cut(data_args))
+                logger.info(f"Of these, for {task}: {narrower}")
+                reports[source.place][task] = narrower.to_dict()
+            rows = rows.add_column("task", [task] * len(lengths))
+            selections.append(Selection(source, task, rows, lengths))
     for task in data_args.tasks:
         if not any(selection.seconds for selection in selections if selection.task == task):
             raise ValueError(f"No clip of the {what} data is left to use for {task}; the reasons are above.")
     return selections, reports
+
+
+def tasks_of(source: SpeechSource, data, tasks: list[str]) -> list[str]:
+    """The tasks that a source serves: its own; else, of those that are learnt, `qa` alone where there are answers, and
+    where there are none all others."""
+    if source.task:
+        return [source.task]
+    if "qa" not in tasks or tasks == ["qa"]:
+        return tasks
+    answered = "answers" in (data.column_names or ())
+    return [task for task in tasks if (task == "qa") == answered]
 
 
 def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfig) -> None:
@@ -491,6 +534,7 @@ def describe_setup(model_args: ModelArguments, data_args: DataArguments, sources
         "eval_data": described(eval_sources, "validation"),
         "wer_normalizer": data_args.wer_normalizer,
         "augmentation": {name: getattr(data_args, name) for name in AUGMENTATIONS},
+        **({"prompts": str(prompt_cut(data_args))} if "continuation" in data_args.tasks else {}),
     }
 
 
@@ -548,7 +592,13 @@ def prepare(argv: list[str]) -> Run | None:
     for source in [*sources, *eval_sources]:
         if source.task is not None and source.task not in data_args.tasks:
             raise ValueError(f"{source.place} is for {source.task}, which is not among --tasks.")
-    speaks = "tts" in data_args.tasks
+    for source, data in zip([*sources, *eval_sources], [*train_data, *eval_data], strict=True):
+        if "qa" in tasks_of(source, data, data_args.tasks) and "answers" not in (data.column_names or ()):
+            raise ValueError(
+                f"{source.place} has no answers to learn --tasks qa from. Name their column: {source.place},"
+                "answer_column=..."
+            )
+    speaks = not set(data_args.tasks).isdisjoint(SPEAKING_TASKS)
     streaming = any(source.streaming for source in sources)
     if streaming and data_args.voice_pairs:
         raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
@@ -586,15 +636,17 @@ def prepare(argv: list[str]) -> Run | None:
     reports: dict[str, dict] = {}
     sampler = counts = eval_set = None
     if streaming:
+        (task,), cut = data_args.tasks, prompt_cut(data_args)
         train_set, counts = stream_examples(
             mix_streams(sources, train_data, training_args.seed),
             rate,
             speed,
             training_args.seed,
-            data_args.min_seconds,
+            data_args.min_seconds if task != "continuation" else max(data_args.min_seconds, cut.min_clip_seconds),
             data_args.max_seconds,
             data_args.shuffle_buffer,
             conditions,
+            task,
         )
         longest = data_args.max_seconds
         is_untrained = is_new or not has_statistics(model)
@@ -665,6 +717,12 @@ def prepare(argv: list[str]) -> Run | None:
             voice_warp=VoiceWarp(processor.feature_extractor, data_args.voice_warp) if data_args.voice_warp else None,
         ),
         "tts": SynthesisCollator(processor, features_later=later),
+        "continuation": ContinuationCollator(
+            processor, prompt_cut(data_args), data_args.skip_text_probability, features_later=later
+        ),
+        "qa": QACollator(
+            processor, model.config.separator_ids, data_args.skip_text_probability, features_later=later
+        ),
     }
     collator = TaskCollator(collators) if len(data_args.tasks) > 1 else collators[data_args.tasks[0]]
     compute_metrics = None  # without generation there are no transcripts to compare
@@ -688,7 +746,9 @@ def prepare(argv: list[str]) -> Run | None:
 def transcripts(datasets_: list):
     for data in datasets_:
         rows = data.take(10_000) if hasattr(data, "n_shards") else data
-        yield from (row["text"] for row in rows)
+        for row in rows:
+            yield row["text"]
+            yield from (row.get("answers") or [])[:1]
 
 
 def train(run: Run) -> None:

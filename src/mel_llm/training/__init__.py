@@ -3,12 +3,13 @@
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
 from .conditions import RecordingConditions, VoiceWarp
+from .continuation import ContinuationCollator, PromptCut, QACollator, select_answered, select_continuations
 from .ctc import count_unspellable, ctc_bytes
 from .dataset import SpeechDataset, stream_examples
 from .lora import LORA_PRESETS, count_parameters, freeze, lora_config
 from .report import DataReport, select_clips
 from .sampler import SpeechSampler
-from .sources import TASKS, SpeechSource, load_source
+from .sources import SPEAKING_TASKS, TASKS, SpeechSource, load_source
 from .statistics import compute_feature_statistics
 from .tokenizer import train_tokenizer
 from .trainer import SpeechTrainer, last_checkpoint, push_whole, repo_of, save_whole
@@ -17,8 +18,12 @@ from .vocoder import SegmentSampler, VocoderTrainer, VocoderTrainingArguments, r
 
 __all__ = [
     "LORA_PRESETS",
+    "SPEAKING_TASKS",
     "TASKS",
+    "ContinuationCollator",
     "DataReport",
+    "PromptCut",
+    "QACollator",
     "RecordingConditions",
     "SegmentSampler",
     "SpecAugment",
@@ -45,7 +50,9 @@ __all__ = [
     "repo_of",
     "round_trip_error",
     "save_whole",
+    "select_answered",
     "select_clips",
+    "select_continuations",
     "stream_examples",
     "train_tokenizer",
 ]

@@ -1,7 +1,8 @@
 """Speech for the Trainer: decoded by soundfile when it is needed, bad clips skipped, reported and counted."""
 
+import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from ..audio_utils_mel_llm import load_audio
 from .augmentation import SpeedPerturbation, example_seed
 from .conditions import RecordingConditions
-from .sources import COLUMNS
+from .sources import COLUMNS, SPEAKING_TASKS
 
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,15 @@ def load_clip(audio: dict, sampling_rate: int, offset: float | None, duration: f
     return load_audio(audio, sampling_rate=sampling_rate, offset=offset, duration=duration)
 
 
+def _answer_of(row: dict[str, Any], sampling_rate: int) -> dict[str, Any]:
+    """What a spoken question's example has beside the question."""
+    spoken = row.get("answer_audio")
+    return {
+        "answer": row["answers"][0],
+        "answer_audio": None if spoken is None else load_audio(spoken, sampling_rate=sampling_rate),
+    }
+
+
 def _by_speaker(data) -> dict[str, list[int]]:
     """The clips of each speaker who has several, of those that are to be spoken."""
     names = data["speaker"] if "speaker" in data.column_names else []
@@ -43,15 +53,16 @@ def _by_speaker(data) -> dict[str, list[int]]:
 class SpeechDataset(torch.utils.data.Dataset):
     r"""Decoded examples of a dataset with the columns of `mel_llm.training.sources`.
 
-    `dataset[index]` is `{"audio": (samples,), "text": str}`, with `task` where the rows have one; with `augment_seed` as
-    well when it is asked for with an epoch, `dataset[epoch, index]`, as [`SpeechSampler`] does. A clip that cannot be read is reported by name, once, and
-    the next one that can takes its place, so that a batch never shrinks and a run never stops because of it.
+    `dataset[index]` is `{"audio": (samples,), "text": str}`, with `task` where the rows have one, and for the task `qa`
+    `answer` and `answer_audio` (None where nobody spoke it); with `augment_seed` as well when it is asked for with an
+    epoch, `dataset[epoch, index]`, as [`SpeechSampler`] does. A clip that cannot be read is reported by name, once, and
+    the next one of its task that can takes its place, so that a batch never shrinks and a run never stops because of it.
 
     Args:
         data: Rows with `audio`, `text` and perhaps `origin`, `speaker` and `task`.
         sampling_rate (`int`, defaults to 16000): Hz to decode to.
-        speed, conditions (*optional*): Change the clips that are asked for with an epoch, but for those of the task
-            `tts`, which learns voices and sound as they are: [`SpeedPerturbation`], [`RecordingConditions`].
+        speed, conditions (*optional*): Change the clips that are asked for with an epoch, but for those of the tasks
+            that learn voices and sound as they are, all but `asr`: [`SpeedPerturbation`], [`RecordingConditions`].
         seed (`int`, defaults to 0): Of the augmentation.
         voice_pairs (`float`, defaults to 0.0): Share of the clips to be spoken that follow another clip of the same
             speaker, in one example of at most `max_seconds`: so a model learns to go on in a voice that it is given.
@@ -77,6 +88,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if voice_pairs > 0 and not self.of_speaker:
             raise ValueError("`voice_pairs`: no speaker has two clips. The data needs a column that says who speaks.")
         self.data = data
+        self._tasks = np.asarray(data["task"]) if "task" in getattr(data, "column_names", ()) else None
         self.sampling_rate = sampling_rate
         self.changes = [change for change in (speed, conditions) if change is not None]
         self.seed = seed
@@ -91,8 +103,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside of {len(self)} clips")
         index %= len(self)
-        for attempt in range(min(len(self), _MAX_BAD_IN_A_ROW)):
-            place = (index + attempt) % len(self)
+        for place in itertools.islice(self._from(index), _MAX_BAD_IN_A_ROW):
             if self._bad[place]:
                 continue
             row = self.data[place]
@@ -106,15 +117,23 @@ class SpeechDataset(torch.utils.data.Dataset):
             "data before training goes on."
         )
 
+    def _from(self, index: int) -> Iterator[int]:
+        """A clip, and behind it all others of its task: a batch is of one."""
+        for place in itertools.chain(range(index, len(self)), range(index)):
+            if self._tasks is None or self._tasks[place] == self._tasks[index]:
+                yield place
+
     def _example(self, row: dict[str, Any], epoch: int | None, index: int) -> dict[str, Any]:
         audio = load_clip(row["audio"], self.sampling_rate, row.get("offset"), row.get("duration"))
         example = {"audio": audio, "text": row["text"]}
         task = row.get("task")
         if task is not None:
             example["task"] = task
+        if task == "qa":
+            example.update(_answer_of(row, self.sampling_rate))
         if epoch is not None:
             example["augment_seed"] = example_seed(self.seed, epoch, index)
-            for change in self.changes if task != "tts" else ():
+            for change in self.changes if task not in SPEAKING_TASKS else ():
                 example["audio"] = change(example["audio"], self.sampling_rate, example["augment_seed"])
             if self.voice_pairs > 0 and task in (None, "tts"):
                 example = self._behind_another(example, row, index)
@@ -170,20 +189,26 @@ class SpeechDataset(torch.utils.data.Dataset):
 class _DecodeStream:
     """Rows of a stream to examples; a clip that cannot be read, or is too short or too long, gives none."""
 
-    def __init__(self, sampling_rate, changes, seed, min_seconds, max_seconds):
-        self.sampling_rate, self.changes, self.seed = sampling_rate, changes, seed
+    def __init__(self, sampling_rate, changes, seed, min_seconds, max_seconds, task):
+        self.sampling_rate, self.changes, self.seed, self.task = sampling_rate, changes, seed, task
         self.min_samples, self.max_samples = min_seconds * sampling_rate, max_seconds * sampling_rate
         self.counts = torch.zeros(2, dtype=torch.long).share_memory_()  # unreadable, outside the limits
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         examples: dict[str, list] = {"audio": [], "text": [], "augment_seed": []}
+        if self.task == "qa":
+            examples |= {"answer": [], "answer_audio": []}
         columns = (rows[name] for name in ("audio", "text", "origin", "offset", "duration"))
-        for audio, text, origin, offset, duration in zip(*columns, strict=True):
-            if not text:
+        for place, (audio, text, origin, offset, duration) in enumerate(zip(*columns, strict=True)):
+            if not text or (self.task == "qa" and not rows["answers"][place]):
                 self.counts[1] += 1
                 continue
             try:
                 waveform = load_clip(audio, self.sampling_rate, offset, duration)
+                answer = {}
+                if self.task == "qa":
+                    row = {name: rows[name][place] for name in ("answers", "answer_audio")}
+                    answer = _answer_of(row, self.sampling_rate)
             except CLIP_ERRORS as error:
                 self.counts[0] += 1
                 logger.warning(f"Skipped a clip that cannot be read: {origin}: {error}")
@@ -193,11 +218,13 @@ class _DecodeStream:
                 continue
             # By content: the place in a stream depends on the worker that reads it
             seed = example_seed(self.seed, 0, zlib.crc32(f"{origin}\0{text}".encode()))
-            for change in self.changes:
+            for change in self.changes if self.task not in SPEAKING_TASKS else ():
                 waveform = change(waveform, self.sampling_rate, seed)
             examples["audio"].append(np.asarray(waveform, dtype=np.float32))
             examples["text"].append(text)
             examples["augment_seed"].append(seed)
+            for name, value in answer.items():
+                examples[name].append(value)
         return examples
 
 
@@ -210,6 +237,7 @@ def stream_examples(
     max_seconds: float = float("inf"),
     buffer_size: int = 1000,
     conditions: RecordingConditions | None = None,
+    task: str | None = None,
 ):
     """The examples of a `datasets.IterableDataset`, decoded as they come.
 
@@ -219,6 +247,7 @@ def stream_examples(
     Args:
         stream: With the columns of `mel_llm.training.sources`.
         buffer_size (`int`, defaults to 1000): Rows (not yet decoded) that are shuffled at a time; 0 keeps the order.
+        task (`str`, *optional*): What it is for: `qa` needs answers, and gives them. The limits are the questions'.
 
     Returns:
         The dataset, and the shared counts `(unreadable, outside the limits)`, a tensor that grows while it is read.
@@ -226,12 +255,12 @@ def stream_examples(
     if buffer_size:
         stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
     changes = [change for change in (speed, conditions) if change is not None]
-    decode = _DecodeStream(sampling_rate, changes, seed, min_seconds, max_seconds)
+    decode = _DecodeStream(sampling_rate, changes, seed, min_seconds, max_seconds, task)
     stream = stream.map(
         decode,
         batched=True,
         batch_size=1,
-        remove_columns=list(COLUMNS),
+        remove_columns=list(stream.column_names or COLUMNS),
         features=None,
     )
     return stream, decode.counts

@@ -2,8 +2,9 @@
 
 Everything becomes a dataset of `datasets` with the columns `audio` (path and/or bytes, never decoded here), `text`,
 `duration` (seconds, or None where nobody wrote it down), `offset` (seconds into the file, where the clip is a part of one;
-else None), `speaker` (or None where nobody says) and `origin`, the name that messages give the clip. Local files
-are listed by this module because `load_dataset("audiofolder")` needs torchcodec even to list them.
+else None), `speaker` (or None where nobody says) and `origin`, the name that messages give the clip. Spoken questions
+have two more: `answers` (texts, of which the first is the one to learn) and `answer_audio`, as `audio`, or None. Local
+files are listed by this module because `load_dataset("audiofolder")` needs torchcodec even to list them.
 """
 
 import csv
@@ -11,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -26,10 +28,14 @@ from ..audio_utils_mel_llm import AUDIO_EXTENSIONS
 
 logger = logging.get_logger(__name__)
 
-# Reading speech, and writing it
-TASKS = ("asr", "tts")
-AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav")
-TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription")
+# Reading speech, writing it, and SPECTRON's: going on with it, and answering it
+TASKS = ("asr", "tts", "continuation", "qa")
+# What is learnt there is how voices and rooms sound, which must be left as it is
+SPEAKING_TASKS = ("tts", "continuation", "qa")
+AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav", "question_audio")
+TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription", "question")
+ANSWER_COLUMNS = ("answer", "answers", "answer_text")
+ANSWER_AUDIO_COLUMNS = ("answer_audio", "answer_audio_filepath", "answer_file_name")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id", "voice")
 COLUMNS = ("audio", "text", "duration", "offset", "speaker", "origin")
 
@@ -59,9 +65,13 @@ class SpeechSource:
         weight (`float`, *optional*): Share of the examples that come from here, relative to the other sources.
         streaming (`bool`, defaults to `False`): Read a dataset of the Hub while it is downloaded.
         audio_column, text_column, speaker_column (`str`, *optional*): Found by their usual names when not given.
+        answer_column, answer_audio_column (`str`, *optional*): For spoken questions, whose own columns are those for
+            audio and text; found by their usual names too, `answer` and `answer_audio`.
         exclude (`str`, *optional*): `COLUMN:PATTERN`; rows whose column matches the shell pattern are left out.
         revision (`str`, *optional*): Revision of a dataset of the Hub.
-        task (`str`, *optional*): The one task that it is for, `asr` or `tts`; by default every task of the run.
+        task (`str`, *optional*): The one task that it is for, `asr`, `tts`, `continuation` or `qa`. By default every
+            task of the run that it can serve: `qa` where there are answers, and where not, or where `qa` is not learnt,
+            all others.
 
     Raises:
         ValueError: A field has a value that it cannot have.
@@ -75,6 +85,8 @@ class SpeechSource:
     audio_column: str | None = None
     text_column: str | None = None
     speaker_column: str | None = None
+    answer_column: str | None = None
+    answer_audio_column: str | None = None
     exclude: str | None = None
     revision: str | None = None
     task: str | None = None
@@ -167,7 +179,7 @@ def _load_local(source: SpeechSource, path: Path, split: str, needs_text: bool):
 
         files = {split: [str(file) for file in parquet]}
         return load_dataset("parquet", data_files=files, split=split, streaming=source.streaming)
-    rows = list(_local_rows(path, split, needs_text))
+    rows = list(_local_rows(path, split, needs_text, source))
     if not rows:
         raise ValueError(f"{path}: no clips{' with transcripts' if needs_text else ''} found.")
     columns = {key: None for row in rows for key in row}  # in their order
@@ -187,18 +199,18 @@ def _parquet_files(path: Path, split: str) -> list[Path]:
     return of_split or files
 
 
-def _local_rows(path: Path, split: str, needs_text: bool) -> Iterator[dict[str, Any]]:
+def _local_rows(path: Path, split: str, needs_text: bool, source: SpeechSource) -> Iterator[dict[str, Any]]:
     """Rows of strings, the audio column being an absolute path."""
     path = Path(os.path.abspath(path))
     if path.is_file():
         if path.suffix not in _MANIFESTS:
             raise ValueError(f"{path} is no manifest: it must end in {', '.join(_MANIFESTS)}.")
-        yield from _read_metadata(path)
+        yield from _read_metadata(path, source)
         return
     folder = _split_folder(path, split)
     metadata = [folder / name for name in _METADATA_FILES if (folder / name).is_file()]
     if metadata:
-        yield from _read_metadata(metadata[0])
+        yield from _read_metadata(metadata[0], source)
         return
     for file in sorted(folder.rglob("*")):
         transcript = file.with_suffix(".txt")
@@ -222,10 +234,16 @@ def _split_folder(path: Path, split: str) -> Path:
     return path
 
 
-def _read_metadata(path: Path) -> Iterator[dict[str, Any]]:
+def _as_string(cell: Any) -> str | None:
+    """A list as JSON, which `read_answers` reads again."""
+    return None if cell is None else json.dumps(cell) if isinstance(cell, list) else str(cell)
+
+
+def _read_metadata(path: Path, source: SpeechSource) -> Iterator[dict[str, Any]]:
     """Rows of strings. Read as text: a reader that guesses types makes a number of the transcript "42" and nothing of
-    "NA"."""
-    audio = None
+    "NA". Files are named relative to the table."""
+    audio = source.audio_column
+    answer_audio = ANSWER_AUDIO_COLUMNS if source.answer_audio_column is None else (source.answer_audio_column,)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(read_rows(file, path), start=1):
@@ -239,8 +257,9 @@ def _read_metadata(path: Path) -> Iterator[dict[str, Any]]:
                     raise ValueError(
                         f"{path}, row {number}: no file is named in {columns}. The row has {', '.join(map(str, row))}."
                     )
-                strings = {key: None if cell is None else str(cell) for key, cell in row.items()}
-                yield {**strings, audio: str(path.parent / str(value))}
+                strings = {key: _as_string(cell) for key, cell in row.items()}
+                spoken = {key: str(path.parent / str(row[key])) for key in answer_audio if row.get(key)}
+                yield {**strings, **spoken, audio: str(path.parent / str(value))}
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not written in UTF-8: {error}") from None
 
@@ -307,7 +326,7 @@ def _check_split(source: SpeechSource, split: str, splits: list[str]) -> None:
 
 
 def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str], str] | None, needs_text: bool):
-    from datasets import Audio, Features, Value
+    from datasets import Audio, Features, List, Value
 
     names = dataset.column_names
     if names is None:  # a stream whose features nobody declared
@@ -315,10 +334,12 @@ def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str],
     audio = _find_column(source, names, "audio_column", AUDIO_COLUMNS)
     has_text = needs_text or source.text_column is not None or not set(TEXT_COLUMNS).isdisjoint(names)
     text = _find_column(source, names, "text_column", TEXT_COLUMNS) if has_text else None
+    answer, answer_audio = _answer_columns(source, names)
     has_speaker = source.speaker_column is not None or not set(SPEAKER_COLUMNS).isdisjoint(names)
     speaker = _find_column(source, names, "speaker_column", SPEAKER_COLUMNS) if has_speaker else None
-    if isinstance((dataset.features or {}).get(audio), Audio):
-        dataset = dataset.cast_column(audio, Audio(decode=False))
+    for name in (audio, answer_audio):
+        if name is not None and isinstance((dataset.features or {}).get(name), Audio):
+            dataset = dataset.cast_column(name, Audio(decode=False))
     if source.exclude is not None:
         column, pattern = source.exclude.split(":", 1)
         if column not in names:
@@ -328,17 +349,20 @@ def _standardise(dataset, source: SpeechSource, text_normalizer: Callable[[str],
             logger.warning(f"{source.place}: `exclude={source.exclude}` matches no row.")
         dataset = kept
 
+    file = {"bytes": Value("binary"), "path": Value("string")}
+    answers = {} if answer is None else {"answers": List(Value("string")), "answer_audio": file}
     features = Features(
         {
-            "audio": {"bytes": Value("binary"), "path": Value("string")},
+            "audio": file,
             "text": Value("string"),
             "duration": Value("float64"),
             "offset": Value("float64"),
             "speaker": Value("string"),
             "origin": Value("string"),
+            **answers,
         }
     )
-    row_to_columns = _ToColumns(source.place, audio, text, speaker, text_normalizer)
+    row_to_columns = _ToColumns(source.place, audio, text, speaker, text_normalizer, answer, answer_audio)
     kwargs: dict[str, Any] = {"with_indices": True, "remove_columns": list(names), "features": features}
     if not source.streaming:
         kwargs["desc"] = f"Listing {source.place}"
@@ -360,6 +384,16 @@ def _find_column(source: SpeechSource, names: list[str], option: str, usual: tup
     return found
 
 
+def _answer_columns(source: SpeechSource, names: list[str]) -> tuple[str | None, str | None]:
+    """The columns of the answers' texts and of their recordings; `None` where there are none."""
+    wants = source.task == "qa" or source.answer_column is not None or source.answer_audio_column is not None
+    if not wants and set(ANSWER_COLUMNS).isdisjoint(names):
+        return None, None
+    text = _find_column(source, names, "answer_column", ANSWER_COLUMNS)
+    has_audio = source.answer_audio_column is not None or not set(ANSWER_AUDIO_COLUMNS).isdisjoint(names)
+    return text, _find_column(source, names, "answer_audio_column", ANSWER_AUDIO_COLUMNS) if has_audio else None
+
+
 # Classes and not closures, so that `datasets` can tell by their content whether its cache still holds.
 @dataclass
 class _NotMatching:
@@ -376,25 +410,58 @@ class _ToColumns:
     text: str | None
     speaker: str | None
     text_normalizer: Callable[[str], str] | None
+    answer: str | None = None
+    answer_audio: str | None = None
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        audio, text = row[self.audio], None if self.text is None else row[self.text]
-        if isinstance(audio, str):
-            audio = {"bytes": None, "path": audio}
-        elif audio.get("array") is not None:
-            audio = {"bytes": _wav_bytes(audio["array"], audio["sampling_rate"]), "path": audio.get("path")}
-        text = "" if text is None else str(text)
+        audio, text = _as_file(row[self.audio]), None if self.text is None else row[self.text]
         speaker = None if self.speaker is None else row[self.speaker]
         name = audio.get("path") or f"row {index}"
         return {
-            "audio": {"bytes": audio.get("bytes"), "path": audio.get("path")},
-            "text": text if self.text_normalizer is None else self.text_normalizer(text),
+            "audio": audio,
+            "text": self._written(text),
             "duration": _seconds(row.get("duration")),
             "offset": _seconds(row.get("offset")),
             # A name means somebody only within its source
             "speaker": None if speaker in (None, "") else f"{self.place}: {speaker}",
             "origin": name if os.path.isabs(name) else f"{self.place}: {name}",
+            **({} if self.answer is None else self._answers(row)),
         }
+
+    def _written(self, text: Any) -> str:
+        text = "" if text is None else str(text)
+        return text if self.text_normalizer is None else self.text_normalizer(text)
+
+    def _answers(self, row: dict[str, Any]) -> dict[str, Any]:
+        answers = read_answers(row[self.answer])
+        audio = None if self.answer_audio is None else row[self.answer_audio]
+        return {
+            "answers": [self._written(answer) for answer in answers],
+            "answer_audio": None if audio in (None, "") else _as_file(audio),
+        }
+
+
+def _as_file(audio: Any) -> dict[str, Any]:
+    """What a cell says of a recording, as `{"bytes", "path"}`."""
+    if isinstance(audio, str):
+        return {"bytes": None, "path": audio}
+    if audio.get("array") is not None:
+        return {"bytes": _wav_bytes(audio["array"], audio["sampling_rate"]), "path": audio.get("path")}
+    return {"bytes": audio.get("bytes"), "path": audio.get("path")}
+
+
+def read_answers(cell: Any) -> list[str]:
+    """The answers that a cell holds: one text; a list, also one written in JSON, as the text files of this module hand
+    it over; or the `(list (description "..."))` of WebQuestions' own files. Empty ones are left out."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        try:
+            cell = json.loads(cell)
+        except json.JSONDecodeError:
+            pass
+    if isinstance(cell, str) and cell.startswith("(list"):
+        cell = [quoted or bare for quoted, bare in re.findall(r'\(description (?:"([^"]*)"|([^()]*))\)', cell)]
+    cells = cell if isinstance(cell, (list, tuple)) else [cell]
+    return [str(answer).strip() for answer in cells if answer is not None and str(answer).strip()]
 
 
 def _seconds(value: Any) -> float | None:
@@ -414,4 +481,14 @@ def _wav_bytes(samples: Any, sampling_rate: int) -> bytes:
     return file.getvalue()
 
 
-__all__ = ["AUDIO_COLUMNS", "COLUMNS", "TEXT_COLUMNS", "SpeechSource", "load_source"]
+__all__ = [
+    "ANSWER_COLUMNS",
+    "AUDIO_COLUMNS",
+    "COLUMNS",
+    "SPEAKING_TASKS",
+    "TASKS",
+    "TEXT_COLUMNS",
+    "SpeechSource",
+    "load_source",
+    "read_answers",
+]

@@ -60,9 +60,9 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     The stock trainers train a Mel-LLM too; this one adds mixing by weight and by task, grouping by length, augmentation
     that a resumed run repeats exactly, and in the log the count of clips that could not be read (`bad_clips`) and the
-    terms of the losses (`asr_loss`, `tts_loss`, `tts_kl`, ...).
+    terms of the losses (`asr_loss`, `tts_loss`, `tts_kl`, `continuation_text`, ...).
 
-    In evaluation, clips that are to be spoken give a loss alone, always with the same noise.
+    In evaluation, clips that are to be spoken, gone on with or answered give a loss alone, always with the same noise.
 
     Args:
         train_sampler ([`SpeechSampler`], *optional*): Order of a [`SpeechDataset`].
@@ -98,7 +98,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         weight = _weight(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            self._terms.add(_terms_of(outputs), weight)
+            self._terms.add(_terms_of(outputs, inputs), weight)
             if isinstance(self.data_collator, TaskCollator) and not _is_spoken(inputs):
                 self._terms.add({"asr_loss": loss.detach()}, weight)
         return (loss, outputs) if return_outputs else loss
@@ -116,7 +116,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         terms = _Means()
         # The stock trainer keeps nothing but the loss
         hook = self.model.register_forward_hook(
-            lambda module, args, kwargs, outputs: terms.add(_terms_of(outputs), _weight(kwargs)), with_kwargs=True
+            lambda module, args, kwargs, outputs: terms.add(_terms_of(outputs, kwargs), _weight(kwargs)),
+            with_kwargs=True,
         )
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -205,13 +206,15 @@ class SpeechTrainer(Seq2SeqTrainer):
 
 def _is_spoken(inputs: dict[str, Any]) -> bool:
     labels = inputs.get("labels")
-    return labels is not None and labels.is_floating_point()
+    return "spectrogram_labels" in inputs or (labels is not None and labels.is_floating_point())
 
 
-def _terms_of(outputs) -> dict[str, torch.Tensor]:
+def _terms_of(outputs, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The terms of a loss, by the names that they have in the log."""
     terms = outputs.get("losses") if isinstance(outputs, dict) else None
     task = "tts" if isinstance(outputs, MelLLMSpeechOutput) else "asr"
+    if "spectrogram_labels" in inputs:
+        task = inputs.get("task", "continuation")
     return {f"{task}_{name}": value for name, value in (terms or {}).items()}
 
 
