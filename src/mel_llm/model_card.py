@@ -479,7 +479,9 @@ def _config_rows(config: MelLLMConfig, tasks: list[str]) -> list[tuple[str, str]
         ("longest piece", f"{audio.max_audio_seconds:.3g} s; longer recordings are cut at pauses"),
     ]
     if speech is not None:
-        rows.append(("speech head", f"{speech.head_type}, {audio.reduction_factor} frames a step"))
+        rows.append(
+            ("speech head", f"{speech.head_type}, {speech.reduction_factor or audio.reduction_factor} frames a step")
+        )
         vocoder = (
             "none: it writes spectrograms" if config.vocoder_config is None else config.vocoder_config.vocoder_type
         )

@@ -167,7 +167,7 @@ class MelLLMSpeechGenerationMixin:
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
         text, mask = self._speech_prompt(input_ids, attention_mask)
         batch_size, num_tokens = len(text), attention_mask.sum(-1)
-        patch_seconds = self.config.audio_config.reduction_factor / self.config.audio_config.frame_rate
+        patch_seconds = self.speech_head.reduction_factor / self.config.audio_config.frame_rate
         is_random = self.speech_head.is_random and options.temperature > 0
         chance = _Chance(self, options.seeds(batch_size), is_random)
 
@@ -232,7 +232,7 @@ class MelLLMSpeechGenerationMixin:
                 use_cache=True,
             )
             hidden = outputs.last_hidden_state[:, -1]
-        r = self.config.audio_config.reduction_factor
+        r = self.speech_head.reduction_factor
         lengths = (lengths - silence.surplus()).clamp(min=1) * r
         frames = torch.stack(patches, dim=1).flatten(1, 2)
         return frames[:, : int(lengths.max())], lengths, by_itself.tolist()
@@ -255,7 +255,7 @@ class MelLLMSpeechGenerationMixin:
             empty = self.speech_head.begin.new_zeros(batch_size, 0, self.config.text_config.hidden_size)
             return empty, None, torch.zeros(batch_size, dtype=torch.long, device=self.device)
         voice, voice_mask = self.model._check_features(voice.to(self.device), voice_mask)
-        r = self.config.audio_config.reduction_factor
+        r = self.speech_head.reduction_factor
         num_frames = torch.full((len(voice),), voice.shape[1]) if voice_mask is None else voice_mask.sum(-1)
         num_patches = num_frames.to(self.device) // r  # whole patches only: what follows must not begin inside one
         if len(voice) != batch_size or (num_patches == 0).any():
