@@ -56,6 +56,7 @@ from mel_llm import (
 from mel_llm.card_results import local_name, local_names
 from mel_llm.conversion import from_text_llm
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
+from mel_llm.modeling_mel_llm_continuation import MelLLMForSpeechContinuation
 from mel_llm.publishing import without_paths
 from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
@@ -101,8 +102,16 @@ SUMMARY = "training_summary.json"
 AUGMENTATIONS = ("speed_factors", "spec_augment", "conditions", "voice_warp", "voice_pairs")
 
 # What these arguments ask for lies in a checkpoint once there is one
-NEW_MODELS_ONLY = ("gguf_file", "revision", "audio_config", "text_config", "transcription_instruction")
+INSTRUCTIONS = ("transcription_instruction", "continuation_instruction", "qa_instruction")
+NEW_MODELS_ONLY = ("gguf_file", "revision", "preset", "audio_config", "text_config", *INSTRUCTIONS)
 NEW_SPEECH_HEADS_ONLY = ("speech_preset", "speech_config")
+
+# A model from scratch need not understand what it is asked, but must tell its tasks apart; reading is asked for by nothing
+SHORT_INSTRUCTIONS = {
+    "transcription_instruction": "",
+    "continuation_instruction": "Continue.",
+    "qa_instruction": "Answer.",
+}
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, SpeechTrainingArguments]:
@@ -308,9 +317,12 @@ def mixing_weights(selections: list[Selection], data_args: DataArguments) -> lis
 # --- model ----------------------------------------------------------------------------------------------------------
 
 
-def load_or_build(model_args: ModelArguments, texts, speaks: bool):
-    """The model and its processor, and whether the audio side is new. `texts` are the transcripts, for a tokenizer;
-    with `speaks`, the model has a speech head."""
+def load_or_build(model_args: ModelArguments, texts, tasks: list[str]):
+    """The model and its processor, and whether the audio side is new. `texts` are the transcripts, for a tokenizer; the
+    `tasks` say what the model must have."""
+    speaks = not set(tasks).isdisjoint(SPEAKING_TASKS)
+    model_class = {"model_class": MelLLMForSpeechContinuation} if goes_on(tasks) else {}
+    instructions = {name: getattr(model_args, name) for name in INSTRUCTIONS}
     audio_fields = json_fields("audio_config", model_args.audio_config)
     unknown = audio_fields.keys() - MelLLMAudioConfig().to_dict().keys()
     if unknown:
@@ -323,19 +335,33 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
         if unknown:
             raise ValueError(f"--text_config: the config of {model_type!r} has no field {', '.join(sorted(unknown))}.")
         tokenizer = train_tokenizer(texts(), vocab_size=model_args.vocab_size)
-        config = MelLLMConfig.from_preset(
-            "small", vocab_size=len(tokenizer), text_config=text_fields, audio_config=audio_fields
-        )
+        fields = {"vocab_size": len(tokenizer), "text_config": text_fields, "audio_config": audio_fields}
+        side = {}
+        if model_args.preset.startswith("spectron"):
+            config = MelLLMConfig.from_preset(model_args.preset, **fields, speech_config=speech_fields(model_args))
+            extractor = MelLLMFeatureExtractor.from_preset("spectron", num_mel_bins=config.audio_config.num_mel_bins)
+            side = {"feature_extractor": extractor}
+            if speaks:
+                side["speech_config"] = config.speech_config
+                side["vocoder_config"] = MelLLMVocoderConfig.from_feature_extractor(extractor)
+        else:
+            config = MelLLMConfig.from_preset(model_args.preset, **fields)
+            if speaks:
+                side = new_speech_side(model_args)
         model, processor = from_text_llm(
             config.text_config,
             tokenizer,
             audio_config=config.audio_config,
-            transcription_instruction=model_args.transcription_instruction or "",
-            **(new_speech_side(model_args) if speaks else {}),
+            **{
+                name: SHORT_INSTRUCTIONS[name] if asked is None else asked for name, asked in instructions.items()
+            },
+            **model_class,
+            **side,
         )
         return model, processor, True
-    if text_fields:
-        raise ValueError("--text_config is for models from scratch: leave --model_name_or_path out.")
+    if text_fields or model_args.preset != ModelArguments.preset:
+        name = "text_config" if text_fields else "preset"
+        raise ValueError(f"--{name} is for models from scratch: leave --model_name_or_path out.")
 
     dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype, None)
     if dtype is None or not (dtype == "auto" or dtype.is_floating_point):
@@ -350,32 +376,42 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
                 f"--model_name_or_path: {name} holds adapters. Merge them first: its command again, with --merge_lora."
             )
         if AutoConfig.from_pretrained(name, **options).model_type == MelLLMConfig.model_type:
-            if audio_fields or model_args.transcription_instruction is not None:
-                raise ValueError(f"--audio_config and --transcription_instruction are for new models; {name} is one.")
+            if audio_fields or any(asked is not None for asked in instructions.values()):
+                raise ValueError(f"--audio_config and the instructions are for new models; {name} is one already.")
             processor = AutoProcessor.from_pretrained(name, **options)
-            return load_mel_llm(name, processor, model_args, speaks, loading), processor, False
+            return load_mel_llm(name, processor, model_args, tasks, loading), processor, False
     else:
         options["gguf_file"] = model_args.gguf_file
         loading["gguf_file"] = model_args.gguf_file
     text_model = AutoModelForCausalLM.from_pretrained(name, **loading)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    instruction = model_args.transcription_instruction
     model, processor = from_text_llm(
         text_model,
         tokenizer,
         audio_config=audio_fields,
-        **({} if instruction is None else {"transcription_instruction": instruction}),
+        **{name: asked for name, asked in instructions.items() if asked is not None},
+        **model_class,
         **(new_speech_side(model_args) if speaks else {}),
     )
     return model, processor, True
 
 
-def new_speech_side(model_args: ModelArguments, extractor: MelLLMFeatureExtractor | None = None) -> dict:
-    """What a model needs beside the reading side to speak. New models get features with a frame for each hop."""
+def goes_on(tasks: list[str]) -> bool:
+    """Whether what is learnt takes SPECTRON's model."""
+    return not {"continuation", "qa"}.isdisjoint(tasks)
+
+
+def speech_fields(model_args: ModelArguments) -> dict:
     fields = json_fields("speech_config", model_args.speech_config)
     unknown = fields.keys() - MelLLMSpeechConfig().to_dict().keys()
     if unknown:
         raise ValueError(f"--speech_config: MelLLMSpeechConfig has no field {', '.join(sorted(unknown))}.")
+    return fields
+
+
+def new_speech_side(model_args: ModelArguments, extractor: MelLLMFeatureExtractor | None = None) -> dict:
+    """What a model needs beside the reading side to speak. New models get features with a frame for each hop."""
+    fields = speech_fields(model_args)
     new = {"speech_config": MelLLMSpeechConfig.from_preset(model_args.speech_preset, **fields)}
     if extractor is None:
         extractor = MelLLMFeatureExtractor.from_preset("phi4")
@@ -386,10 +422,11 @@ def new_speech_side(model_args: ModelArguments, extractor: MelLLMFeatureExtracto
     return new
 
 
-def load_mel_llm(name: str, processor, model_args: ModelArguments, speaks: bool, loading: dict):
+def load_mel_llm(name: str, processor, model_args: ModelArguments, tasks: list[str], loading: dict):
     """A Mel-LLM as it is; one that has only read so far gets a speech head if it is to speak."""
     options = {key: loading[key] for key in ("revision",) if key in loading}
     config = AutoConfig.from_pretrained(name, **options)
+    speaks = not set(tasks).isdisjoint(SPEAKING_TASKS)
     is_speaker = config.speech_config is not None
     if speaks and not is_speaker:
         for key, value in new_speech_side(model_args, processor.feature_extractor).items():
@@ -398,6 +435,13 @@ def load_mel_llm(name: str, processor, model_args: ModelArguments, speaks: bool,
         for key in NEW_SPEECH_HEADS_ONLY:
             if getattr(model_args, key) != getattr(ModelArguments, key):
                 raise ValueError(f"--{key} is for new speech heads; {name} has one.")
+    if goes_on(tasks) and not (config.continuation_suffix_ids or config.continuation_prefix_ids):
+        # It is older than the task
+        config.separator_ids = processor.separator_ids()
+        config.continuation_prefix_ids, config.continuation_suffix_ids = processor.continuation_prompt_ids()
+        config.qa_prefix_ids, config.qa_suffix_ids = processor.continuation_prompt_ids("qa")
+    if goes_on(tasks) or MelLLMForSpeechContinuation.__name__ in (config.architectures or ()):
+        return MelLLMForSpeechContinuation.from_pretrained(name, config=config, **loading)
     # A speech head that is not trained now must not be lost
     auto_class = AutoModelForTextToWaveform if speaks or is_speaker else AutoModelForSpeechSeq2Seq
     return auto_class.from_pretrained(name, config=config, **loading)
@@ -422,8 +466,10 @@ def set_vocoder(model, processor, vocoder: str | None) -> None:
 
 
 def is_changed(model, model_args: ModelArguments) -> bool:
-    """Whether a Mel-LLM was given a speech head or another vocoder than it had where it was loaded from."""
+    """Whether a Mel-LLM was given a task, a speech head or another vocoder than it had where it was loaded from."""
     before = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.revision or "main")
+    if isinstance(model, MelLLMForSpeechContinuation) and type(model).__name__ not in (before.architectures or ()):
+        return True
     return model_args.vocoder is not None or (before.speech_config is None) != (model.config.speech_config is None)
 
 
@@ -598,7 +644,6 @@ def prepare(argv: list[str]) -> Run | None:
                 f"{source.place} has no answers to learn --tasks qa from. Name their column: {source.place},"
                 "answer_column=..."
             )
-    speaks = not set(data_args.tasks).isdisjoint(SPEAKING_TASKS)
     streaming = any(source.streaming for source in sources)
     if streaming and data_args.voice_pairs:
         raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
@@ -623,7 +668,7 @@ def prepare(argv: list[str]) -> Run | None:
             model_name_or_path=checkpoint if model_args.lora is None else began_with,
             **{name: getattr(ModelArguments, name) for name in (*NEW_MODELS_ONLY, *NEW_SPEECH_HEADS_ONLY)},
         )
-    model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), speaks)
+    model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), data_args.tasks)
     set_vocoder(model, processor, model_args.vocoder)
     if isinstance(model, MelLLMForTextToSpeech):
         if model.vocoder is not None:

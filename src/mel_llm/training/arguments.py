@@ -22,6 +22,13 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, flex_attention."}
     )
+    preset: str = field(
+        default="small",
+        metadata={
+            "help": "From scratch only: small, or SPECTRON's form, spectron-small, spectron-350m or spectron-1b, with its "
+            "features, encoder and speech head."
+        },
+    )
     audio_config: str = field(
         default="{}",
         metadata={"help": "New models only: fields of MelLLMAudioConfig in JSON, e.g. '{\"reduction_factor\": 4}'."},
@@ -38,6 +45,12 @@ class ModelArguments:
     transcription_instruction: str | None = field(
         default=None,
         metadata={"help": "New models only: what the default prompt asks for. From scratch: nothing, by default."},
+    )
+    continuation_instruction: str | None = field(
+        default=None, metadata={"help": "New models only: what the prompt asks for that is to be gone on with."}
+    )
+    qa_instruction: str | None = field(
+        default=None, metadata={"help": "New models only: what the prompt asks for around a spoken question."}
     )
     speech_preset: str = field(
         default="small", metadata={"help": "New speech heads only: small, paper or spectron, of MelLLMSpeechConfig."}
