@@ -170,9 +170,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
 
 def prompt_cut(data_args: DataArguments) -> PromptCut:
     """Where clips are cut for continuation."""
-    return PromptCut(
-        data_args.prompt_seconds, data_args.prompt_fraction or None, data_args.min_continuation_seconds
-    )
+    return PromptCut(data_args.prompt_seconds, data_args.prompt_fraction or None, data_args.min_continuation_seconds)
 
 
 def arguments_of(values: dict) -> list[str]:
@@ -352,9 +350,7 @@ def load_or_build(model_args: ModelArguments, texts, tasks: list[str]):
             config.text_config,
             tokenizer,
             audio_config=config.audio_config,
-            **{
-                name: SHORT_INSTRUCTIONS[name] if asked is None else asked for name, asked in instructions.items()
-            },
+            **{name: SHORT_INSTRUCTIONS[name] if asked is None else asked for name, asked in instructions.items()},
             **model_class,
             **side,
         )
@@ -765,9 +761,7 @@ def prepare(argv: list[str]) -> Run | None:
         "continuation": ContinuationCollator(
             processor, prompt_cut(data_args), data_args.skip_text_probability, features_later=later
         ),
-        "qa": QACollator(
-            processor, model.config.separator_ids, data_args.skip_text_probability, features_later=later
-        ),
+        "qa": QACollator(processor, model.config.separator_ids, data_args.skip_text_probability, features_later=later),
     }
     collator = TaskCollator(collators) if len(data_args.tasks) > 1 else collators[data_args.tasks[0]]
     compute_metrics = None  # without generation there are no transcripts to compare
