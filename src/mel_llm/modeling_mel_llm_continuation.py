@@ -177,55 +177,69 @@ class MelLLMForSpeechContinuation(MelLLMContinuationGenerationMixin, MelLLMForTe
 
     def _continuation_states(self, features, feature_mask, input_ids, prompt_mask, text, target, lengths):
         """Hidden states under teacher forcing: those that predict each token of `text` `(B, L, D)`, and those at "begin" and
-        at each patch `(B, M + 1, D)`.
-
-        Rows are closed up for the language model, all padding on their right: a window of attention that slides over
-        padding would see less of what is there.
-        """
+        at each patch `(B, M + 1, D)`."""
         batch_size, num_prompt, num_text = len(input_ids), input_ids.shape[1], text.shape[1]
         r = self.speech_head.reduction_factor
-        is_text = text != -100
         history = self._embed_history(target, lengths)
-        ids = torch.cat([input_ids, text.masked_fill(~is_text, self.config.pad_token_id)], dim=1)
-        embeds = self.get_input_embeddings()(ids)
-        audio = self.get_audio_features(features, feature_mask, return_dict=True).pooler_output
-        embeds = torch.cat(
-            [self.model._merge_audio(input_ids, embeds[:, :num_prompt], audio), embeds[:, num_prompt:]], 1
-        )
-        begin = self.speech_head.begin.to(embeds.dtype).expand(batch_size, 1, -1)
-        inputs_embeds = torch.cat([embeds, begin, history.to(embeds.dtype)], dim=1)
-
-        speaks = lengths > 0
-        places = torch.arange(history.shape[1], device=ids.device)
+        places = torch.arange(history.shape[1], device=text.device)
         patch_mask = places < ((lengths + r - 1) // r)[:, None]
-        mask = torch.cat([prompt_mask.bool(), is_text, speaks[:, None], patch_mask], dim=1)
-        order = (~mask).long().argsort(dim=1, stable=True)
+        speech_mask = torch.cat([(lengths > 0)[:, None], patch_mask], dim=1)
+        states, order, _, _ = self._closed_up_states(
+            features, feature_mask, input_ids, prompt_mask, text, history, speech_mask
+        )
         back = order.argsort(dim=1)
-        mask = mask.gather(1, order)
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        inputs_embeds = inputs_embeds.gather(1, order[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
-        attention_mask = mask.long()
-        if self.config.audio_config.bidirectional_attention:
-            pseudo_ids = nn.functional.pad(ids, (0, 1 + history.shape[1]), value=self.config.pad_token_id)
-            attention_mask = self.model._bidirectional_masks(
-                pseudo_ids.gather(1, order),
-                inputs_embeds,
-                attention_mask,
-                None,
-                position_ids,
-                self._num_audio_tokens(features, feature_mask),
-            )
-        states = self.model.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
         states = states.gather(1, back[..., None].expand(-1, -1, states.shape[-1]))
         # The first token of the text is predicted by the last of the prompt, which need not stand beside it
-        last = (torch.arange(num_prompt, device=ids.device) * prompt_mask).argmax(-1)
-        rows = torch.arange(batch_size, device=ids.device)
+        last = (torch.arange(num_prompt, device=text.device) * prompt_mask).argmax(-1)
+        rows = torch.arange(batch_size, device=text.device)
         text_states = torch.cat(
             [states[rows, last][:, None], states[:, num_prompt : num_prompt + num_text - 1]], dim=1
         )
         return text_states, states[:, num_prompt + num_text :]
+
+    def _closed_up_states(
+        self, features, feature_mask, input_ids, prompt_mask, text, history, speech_mask, cache=None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Runs the language model over [prompt] [text] [begin] [history].
+
+        Rows are closed up, so that all padding is on their right, or on their left where a `cache` is to be gone on with: a
+        window of attention that slides over padding would see less of what is there.
+
+        Args:
+            text: `(B, L)`, token ids padded with -100.
+            history: `(B, M, D)`.
+            speech_mask: `(B, M + 1)`, of "begin" and of the history.
+
+        Returns:
+            States `(B, S, D)`, the order that the places were brought into, their mask and their positions `(B, S)`.
+        """
+        is_text = text != -100
+        num_prompt, num_history = input_ids.shape[1], history.shape[1]
+        ids = torch.cat([input_ids, text.masked_fill(~is_text, self.config.pad_token_id)], dim=1)
+        embeds = self.get_input_embeddings()(ids)
+        audio = self.get_audio_features(features, feature_mask, return_dict=True).pooler_output
+        heard = self.model._merge_audio(input_ids, embeds[:, :num_prompt], audio)
+        begin = self.speech_head.begin.to(embeds.dtype).expand(len(ids), 1, -1)
+        embeds = torch.cat([heard, embeds[:, num_prompt:], begin, history.to(embeds.dtype)], dim=1)
+
+        mask = torch.cat([prompt_mask.bool(), is_text, speech_mask.bool()], dim=1)
+        order = (mask if cache is not None else ~mask).long().argsort(dim=1, stable=True)
+        embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))
+        mask = mask.gather(1, order).long()
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        attention_mask = None if bool(mask.all()) else mask
+        if self.config.audio_config.bidirectional_attention:
+            ids = nn.functional.pad(ids, (0, 1 + num_history), value=self.config.pad_token_id).gather(1, order)
+            num_tokens = self._num_audio_tokens(features, feature_mask)
+            attention_mask = self.model._bidirectional_masks(ids, embeds, mask, cache, position_ids, num_tokens)
+        outputs = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return outputs.last_hidden_state, order, mask, position_ids
 
     def _num_audio_tokens(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if mask is None:
