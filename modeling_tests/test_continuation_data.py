@@ -243,6 +243,9 @@ def test_one_run_of_all_tasks(script, recordings, questions, tmp_path):  # noqa:
     assert config["architectures"] == ["MelLLMForSpeechContinuation"]
     model = MelLLMForSpeechContinuation.from_pretrained(output)
     processor = AutoProcessor.from_pretrained(output)
+    prompt = processor(audio=np.random.default_rng(0).standard_normal(16000).astype(np.float32))
+    spoken = model.generate(**prompt, task="qa", max_seconds=0.2, max_new_tokens=4)
+    assert len(spoken.audio) == 1 and spoken.sequences.shape[1] <= 4
     assert processor.continuation_prompt_ids("qa") == (model.config.qa_prefix_ids, model.config.qa_suffix_ids)
 
 

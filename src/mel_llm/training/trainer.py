@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..model_card import CARD, create_model_card
 from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
+from ..modeling_mel_llm_continuation import MelLLMForSpeechContinuation
 from ..modeling_mel_llm_speech import MelLLMSpeechOutput
 from ..sharing_mel_llm import PROCESSOR_FILES, WEIGHT_FILES, prepare_repo, push_folder
 from ..speech_heads_mel_llm import MelLLMSpeechHead
@@ -106,6 +107,9 @@ class SpeechTrainer(Seq2SeqTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         inputs = self._prepare_inputs(inputs)
         if not _is_spoken(inputs):
+            if any(isinstance(module, MelLLMForSpeechContinuation) for module in model.modules()):
+                # It would go on with what it hears
+                gen_kwargs = {**(gen_kwargs or getattr(self, "_gen_kwargs", {})), "task": "transcribe"}
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         with torch.random.fork_rng():
             torch.manual_seed(0)
