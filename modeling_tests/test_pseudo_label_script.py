@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_done(speech, tmp_path):
     assert all(row["confidence"] == "" for row in rows)
 
 
-def test_killed_and_started_again(speech, tmp_path):
+def test_killed_and_started_again(script, speech, tmp_path, monkeypatch, capsys, caplog):
     (tmp_path / "listener.py").write_text(LISTENER)
     words = ["--data", speech, "--asr", "python:listener.listen", "--max_seconds", "2", "--batch_size", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(tmp_path)])}
@@ -271,12 +271,12 @@ def test_killed_and_started_again(speech, tmp_path):
     done = journal.read_bytes().count(b'"text"')
     with open(journal, "ab") as file:  # as a machine that lost its power may leave it
         file.write(b'{"recording": "clip0')
-    result = run(SCRIPT, *words, "--output_dir", "cut", cwd=tmp_path)
-    whole = run(SCRIPT, *words, "--output_dir", "whole", cwd=tmp_path)
-    assert result.returncode == whole.returncode == 0, result.stderr
-    assert f"Going on: {done} pieces" in result.stderr
+    monkeypatch.chdir(tmp_path)
+    summary = labelled(script, *words, "--output_dir", "cut")
+    labelled(script, *words, "--output_dir", "whole")
+    assert f"Going on: {done} pieces" in capsys.readouterr().err + caplog.text
     total = len(metadata(tmp_path / "whole"))
-    assert total > done >= 3 and f"{total - done} pieces transcribed now" in result.stderr
+    assert total > done >= 3 and summary["transcribed"] == total - done
     assert (tmp_path / "cut" / "metadata.csv").read_bytes() == (tmp_path / "whole" / "metadata.csv").read_bytes()
     files = [
         sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.flac"))
