@@ -932,4 +932,12 @@ for _names in (
     _names.setdefault(MelLLMConfig.model_type, "MelLLMForSpeechSeq2Seq")
 
 
+# The task of the pipeline too, for a repository's code: the config is what `pipeline()` loads before it looks for the task.
+# Where nobody has asked for a pipeline, none of it is imported.
+if "transformers.pipelines" in sys.modules:
+    from .pipeline_mel_llm import register_pipeline
+
+    register_pipeline(replace=False)
+
+
 __all__ = ["MelLLMAudioConfig", "MelLLMConfig", "MelLLMSpeechConfig", "MelLLMVocoderConfig"]

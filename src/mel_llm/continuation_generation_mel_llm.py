@@ -106,6 +106,8 @@ class MelLLMContinuationGenerationMixin:
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
             inputs, kwargs["input_features"] = None, inputs
         task = kwargs.pop("task", None)
+        if task is None and kwargs.get("labels") is not None and kwargs.get("spectrogram_labels") is None:
+            task = "transcribe"  # a batch of reading, whole, as `Seq2SeqTrainer` passes it
         if task == "transcribe" or kwargs.get("input_features") is None:
             if task in TASKS:
                 raise ValueError(f"`task={task!r}` needs `input_features`: a recording to go on from.")
@@ -145,10 +147,6 @@ class MelLLMContinuationGenerationMixin:
             mask = None if mask is None else mask[heard]
             output = self._go_on(features[heard], mask, input_ids[heard], prompt_mask[heard], seeds, options)
         return self._with_empty_rows(output, heard.tolist(), len(silent), options)
-
-    def transcribe(self, audio, processor, **kwargs):
-        """As [`MelLLMForSpeechSeq2Seq.transcribe`]."""
-        return super().transcribe(audio, processor, **{"task": "transcribe", **kwargs})
 
     # --- the prompt -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,10 @@ from transformers.utils import can_return_tuple
 
 from .continuation_generation_mel_llm import MelLLMContinuationGenerationMixin
 from .modeling_mel_llm_speech import MelLLMForTextToSpeech
+from .pipeline_mel_llm import register_pipeline
+
+
+register_pipeline(replace=False)  # for a repository's code
 
 
 @dataclass

@@ -449,6 +449,34 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
                 return ids
         return []
 
+    def continuation_text_ids(self, transcript: str, continuation: str | None = None) -> list[int]:
+        """Token ids of the text that a model writes behind a spoken prompt, for `labels` of
+        [`MelLLMForSpeechContinuation`]; the model adds the end of text.
+
+        Args:
+            transcript (`str`): What is said in the recording; with what follows it, where the two cannot be told apart.
+            continuation (`str`, *optional*): What follows it, or the answer. The separator goes between the two. Each is
+                tokenized on its own, so that the separator's tokens are those of the config.
+        """
+        ids = self._plain_ids([transcript.strip()])[0]
+        if continuation is None:
+            return ids
+        return [*ids, *self.separator_ids(), *self._plain_ids([continuation.strip()])[0]]
+
+    def decode_continuation(self, output) -> list[dict[str, str | None]]:
+        """What [`MelLLMForSpeechContinuation.generate`] returned as text: for each row a dict of `text`, all of it, and
+        `transcript` and `continuation`, its parts, which are None where the model wrote no separator."""
+
+        def decode(ids) -> str | None:
+            return None if ids is None else self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+        return [
+            {"text": decode(row), "transcript": decode(transcript), "continuation": decode(continuation)}
+            for row, transcript, continuation in zip(
+                output.sequences, output.transcript, output.continuation, strict=True
+            )
+        ]
+
     def _ids_around_audio(self, instruction: str) -> tuple[list[int], list[int]]:
         text = self.apply_chat_template(self._request(None, None, None, instruction), add_generation_prompt=True)
         ids = self._tokenize(text, first=True)
