@@ -370,7 +370,7 @@ class CachedPerplexity:
 
     def __init__(self, metric: LogPerplexity, path: Path):
         self.metric, self.path = metric, path
-        self.description = metric.description
+        self.description = metric.model_description
 
     def __call__(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         try:

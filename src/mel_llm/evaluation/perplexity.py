@@ -50,10 +50,10 @@ class LogPerplexity(SpeechMetric):
 
             self.model = AutoModelForCausalLM.from_pretrained(model)
             self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.description = describe_folder(model)
+            self.model_description = describe_folder(model)
         else:
             self.model, self.tokenizer = model
-            self.description = type(self.model).__name__
+            self.model_description = type(self.model).__name__
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self.model.eval().to(device)
         self.batch_size = batch_size

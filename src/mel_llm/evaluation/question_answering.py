@@ -76,6 +76,12 @@ class AnswerAccuracy(SpeechMetric):
         return values
 
     def compute(self, *, predictions=None, references=None, normalizer=None, details: bool = False, **kwargs):
+        """The accuracy over what is passed here and everything added since the last call.
+
+        Raises:
+            TypeError: An answer is not a string, or an argument that no metric of this package has.
+            ValueError: There are no questions, not as many predictions as references, or an unknown normaliser.
+        """
         normalize = get_text_normalizer(self.normalizer if normalizer is None else normalizer)
         return super().compute(
             predictions=predictions, references=references, normalizer=normalize, details=details, **kwargs
