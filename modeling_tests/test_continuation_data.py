@@ -288,11 +288,14 @@ def test_spectrons_own_form(script, recordings, tmp_path):  # noqa: F811
     audio = {"conv_channels": 8, "hidden_size": 32, "encoder_config": {**encoder, "kernel_size": 3}}
     more = ["--preset", "spectron-small", "--tasks", "continuation", *SCRATCH[:2], "--audio_config", json.dumps(audio)]
     more += ["--speech_config", json.dumps({"head_hidden_size": 16, "prenet_hidden_size": 8}), "--max_steps", "2"]
+    more += ["--text_loss_weight", "0"]
     run = train(script, *words(recordings, tmp_path / "run", *more, "--prompt_seconds", "1", "2"))
     config = run.trainer.model.config
     assert config.audio_config.encoder_type == "conformer" and config.audio_config.num_mel_bins == 128
     assert config.speech_config.head_type == "deterministic" and config.speech_reduction_factor == 1
     assert run.processor.feature_extractor.num_mel_bins == 128
+    log = log_history(tmp_path / "run")
+    assert config.text_loss_weight == 0 and all(entry["continuation_text"] == 0 for entry in log if "loss" in entry)
     assert np.isfinite([entry["loss"] for entry in log_history(tmp_path / "run") if "loss" in entry]).all()
 
 
@@ -323,6 +326,7 @@ def test_what_cannot_work_is_told_before_training(script, recordings, tmp_path, 
         (["--tasks", "continuation", "--prompt_seconds", "4", "2"], "--prompt_seconds must be"),
         (["--tasks", "asr", "--prompt_fraction", "0.5"], "--prompt_fraction is for --tasks continuation"),
         (["--tasks", "continuation", "--skip_text_probability", "1.5"], "--skip_text_probability must be"),
+        (["--tasks", "asr", "--text_loss_weight", "0"], "--text_loss_weight must be at least 0, and is for --tasks"),
         (["--tasks", "qa", "--speed_factors", "0.9"], "--speed_factors is for reading"),
         (["--tasks", "continuation", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor is for tokens"),
     ],

@@ -160,11 +160,18 @@ def test_questions_in_their_formats(questions, speech_clips, tmp_path):
         load_questions(str(web), str(folder))
     for number in (1, 2):
         soundfile.write(folder / f"{number}.wav", speech_clips[0]["array"], 16000)
-    assert [(q.id, q.answers) for q in load_questions(str(web), str(folder))] == [("0001", ["A B", "C"]), ("0002", ["A B", "C"])]
+    assert [(q.id, q.answers) for q in load_questions(str(web), str(folder))] == [
+        ("0001", ["A B", "C"]),
+        ("0002", ["A B", "C"]),
+    ]
     # A dataset as the Hub has them
     from datasets import Audio, Dataset
 
-    rows = {"question": ["who"], "answer": ["me"], "audio": [{"array": speech_clips[0]["array"], "sampling_rate": 16000}]}
+    rows = {
+        "question": ["who"],
+        "answer": ["me"],
+        "audio": [{"array": speech_clips[0]["array"], "sampling_rate": 16000}],
+    }
     Dataset.from_dict(rows).save_to_disk(tmp_path / "dataset")
     assert Audio  # the column is decoded by nobody but us
     (question,) = load_questions(str(tmp_path / "dataset"))
@@ -201,7 +208,9 @@ def test_totals_are_of_what_was_said(recordings):
     ]  # fmt: skip
     rows[2]["written"] = {"text": "Good morning. Hello.", "continuation": "Hello."}
     result = {"name": "m", "settings": {}, "utterances": rows}
-    totals = summarize_continuations(result, prompts, perplexity=lambda texts: [(10.0 * len(texts), 4)] * len(texts))["totals"]
+    totals = summarize_continuations(result, prompts, perplexity=lambda texts: [(10.0 * len(texts), 4)] * len(texts))[
+        "totals"
+    ]
     # 0 of 3, 1 of 3 and 1 of 1 words
     assert totals["text_speech_wer"]["value"] == pytest.approx(2 / 7)
     assert totals["wordless"]["value"] == pytest.approx(1 / 3)
@@ -213,11 +222,15 @@ def test_totals_are_of_what_was_said(recordings):
 # --- the script -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_command_and_the_same_again(script, recordings, questions, model_folder, lm_folder, tmp_path, monkeypatch, capsys):
+def test_a_command_and_the_same_again(
+    script, recordings, questions, model_folder, lm_folder, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "judge.py").write_text(JUDGE)
     monkeypatch.chdir(tmp_path)
-    words = f"--data {recordings} --qa {questions} --model {model_folder} --also-without-text --reference --asr python:judge.listen "
-    words += f"--lm {lm_folder} --speaker-encoder python:judge.embed --max_seconds 0.2 --prompt_seconds 2 --device cpu "
+    words = f"--data {recordings} --qa {questions} --model {model_folder} --text written skipped --reference --asr python:judge.listen "
+    words += (
+        f"--lm {lm_folder} --speaker-encoder python:judge.embed --max_seconds 0.2 --prompt_seconds 2 --device cpu "
+    )
     words += "--bootstrap_samples 50 --output_dir out"
     assert script.report(*script.prepare(words.split()))
     printed = capsys.readouterr().out
@@ -225,7 +238,14 @@ def test_a_command_and_the_same_again(script, recordings, questions, model_folde
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     natural, with_text, without = results["tasks"]["continuation"]
     assert natural["totals"]["similarity"]["utterances"] == 3 and "text_speech_wer" not in natural["totals"]
-    assert with_text["totals"].keys() >= {"nll_per_token", "nll_per_utterance", "similarity", "wordless", "guarded", "rtfx"}
+    assert with_text["totals"].keys() >= {
+        "nll_per_token",
+        "nll_per_utterance",
+        "similarity",
+        "wordless",
+        "guarded",
+        "rtfx",
+    }
     assert "text_speech_wer" not in without["totals"] and "written" not in without["utterances"][0]
     row = with_text["utterances"][0]
     assert isinstance(row["written"]["text"], str) and row["prompt_transcript"] == "please try again"
@@ -233,7 +253,10 @@ def test_a_command_and_the_same_again(script, recordings, questions, model_folde
     # What is heard is right for one question; who cannot write cannot be right in text
     with_text, without = results["tasks"]["qa"]
     assert with_text["totals"]["speech_accuracy"]["value"] == 0.5 and "text_accuracy" in with_text["totals"]
-    assert "text_accuracy" not in without["totals"] and [row["speech_correct"] for row in without["utterances"]] == [True, False]
+    assert "text_accuracy" not in without["totals"] and [row["speech_correct"] for row in without["utterances"]] == [
+        True,
+        False,
+    ]
     assert results["environment"]["threads"] >= 1 and results["judges"]["lm"].startswith(lm_folder)
     assert "## Answers" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
 
@@ -275,6 +298,7 @@ def test_the_command(recordings, model_folder, tmp_path):
         ("--qa x --reference", "--reference and --audio are for --data"),
         ("--data x --model m --prompt_seconds 0", "prompt_seconds must be"),
         ("--data x --model m --qa_audio f", "--qa_audio is for --qa"),
+        ("--data x --model m --text spoken", "--text must be written, skipped or both"),
         ("--data x --model m --max_seconds -1", "--max_seconds must be more than 0"),
     ],
 )

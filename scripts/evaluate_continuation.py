@@ -1,6 +1,6 @@
 """Measures models that go on with speech or answer it (SPECTRON): what they say, in whose voice, and whether they are right.
 
-    python scripts/evaluate_continuation.py --data recordings,split=test --model runs/spectron --also_without_text \\
+    python scripts/evaluate_continuation.py --data recordings,split=test --model runs/spectron --text written skipped \\
         --reference --asr openai/whisper-base.en --lm openai-community/gpt2-medium --speaker_encoder resemblyzer \\
         --output_dir runs/continuations
     python scripts/evaluate_continuation.py --qa fixie-ai/llama-questions --model runs/spectron --asr openai/whisper-base.en \\
@@ -79,8 +79,11 @@ class EvaluationArguments:
         default=None, metadata={"help": "Folder with the questions' recordings, named by id or number, for --qa FILE."}
     )
     model: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub names of Mel-LLMs that go on."})
-    also_without_text: bool = field(
-        default=False, metadata={"help": "Measure each model a second time, speaking without the text in between."}
+    text: list[str] = field(
+        default_factory=lambda: ["written"],
+        metadata={
+            "help": "written: models write, then speak; skipped: they speak at once; both words measure each model twice."
+        },
     )
     reference: bool = field(default=False, metadata={"help": "Measure the recordings' own continuations, too."})
     audio: list[str] = field(
@@ -148,6 +151,8 @@ class EvaluationArguments:
         for name in ("lm", "asr_language"):
             if getattr(self, name) is not None and self.asr is None:
                 raise ValueError(f"--{name} needs --asr, which writes down what is said.")
+        if not self.text or set(self.text) - {"written", "skipped"} or len(set(self.text)) < len(self.text):
+            raise ValueError(f"--text must be written, skipped or both, got {' '.join(self.text)}.")
         if self.qa_audio is not None and self.qa is None:
             raise ValueError("--qa_audio is for --qa, which is not given.")
         if self.data is None and (self.reference or self.audio):
@@ -182,7 +187,7 @@ def systems_of(task: str, models: list[tuple], arguments: EvaluationArguments) -
         systems += [AudioFolder(folder) for folder in arguments.audio]
     options = {key: getattr(arguments, key) for key in ("temperature", "stop_threshold", "max_seconds", "min_seconds")}
     for model in models:
-        for skip_text in (False, True) if arguments.also_without_text else (False,):
+        for skip_text in [kind == "skipped" for kind in arguments.text]:
             systems.append(ContinuationModel(*model, task=task, skip_text=skip_text, seed=arguments.seed, **options))
     return systems
 

@@ -137,9 +137,12 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
         for name in ("merge_lora", "lora_r", "lora_alpha", "lora_dropout"):
             if getattr(model_args, name):
                 parser.error(f"--{name} needs --lora.")
+    weight = model_args.text_loss_weight
+    if weight is not None and not (0 <= weight < math.inf and goes_on(tasks_in(data_args))):
+        parser.error("--text_loss_weight must be at least 0, and is for --tasks continuation and qa.")
     if not data_args.train_data:
         parser.error("--train_data is needed: a folder, a manifest or a dataset of the Hub; several can be mixed.")
-    data_args.tasks = [task.strip() for entry in data_args.tasks for task in entry.split(",")]
+    data_args.tasks = tasks_in(data_args)
     if not data_args.tasks or set(data_args.tasks) - set(TASKS) or len(set(data_args.tasks)) < len(data_args.tasks):
         parser.error(f"--tasks must be one or several of {', '.join(TASKS)}, got {' '.join(data_args.tasks)}.")
     weights = data_args.task_weights
@@ -166,6 +169,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
         if getattr(data_args, name) and tasks.isdisjoint(data_args.tasks):
             parser.error(f"--{name} is for --tasks {','.join(sorted(tasks))}.")
     return model_args, data_args, training_args
+
+
+def tasks_in(data_args: DataArguments) -> list[str]:
+    return [task.strip() for entry in data_args.tasks for task in entry.split(",")]
 
 
 def prompt_cut(data_args: DataArguments) -> PromptCut:
@@ -666,6 +673,8 @@ def prepare(argv: list[str]) -> Run | None:
         )
     model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), data_args.tasks)
     set_vocoder(model, processor, model_args.vocoder)
+    if model_args.text_loss_weight is not None:
+        model.config.text_loss_weight = model_args.text_loss_weight
     if isinstance(model, MelLLMForTextToSpeech):
         if model.vocoder is not None:
             model.vocoder.requires_grad_(False)

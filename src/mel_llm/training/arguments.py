@@ -58,6 +58,13 @@ class ModelArguments:
     speech_config: str = field(
         default="{}", metadata={"help": "New speech heads only: fields of MelLLMSpeechConfig in JSON."}
     )
+    text_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "For continuation and qa: what the text's cross-entropy counts beside the speech head's loss; by default "
+            "as the model has it, 1 for new ones."
+        },
+    )
     vocoder: str | None = field(
         default=None,
         metadata={
