@@ -309,7 +309,7 @@ def test_what_cannot_work_is_told_before_training(script, folder, tmp_path, argu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "asr,sing"], "--tasks must be one or several of asr, tts, got asr sing"),
+        (["--tasks", "asr,sing"], "--tasks must be one or several of asr, tts, continuation, qa, got asr sing"),
         (["--tasks", "asr", "asr"], "--tasks must be"),
         (["--tasks", "asr,tts", "--task_weights", "1"], "--task_weights must be a positive number for each"),
         (["--tasks", "tts", "--speed_factors", "0.9"], "--speed_factors is for reading"),

@@ -25,14 +25,14 @@ SETUP = """
 import importlib, json, os, sys
 import numpy as np, torch, transformers
 from transformers import (
-    AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq,
-    AutoModelForTextToWaveform, AutoProcessor, AutoTokenizer, logging, pipeline,
+    AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoModelForPreTraining,
+    AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor, AutoTokenizer, logging, pipeline,
 )
 logging.disable_progress_bar()
 autos = {
     kind.__name__: kind for kind in (
         AutoConfig, AutoFeatureExtractor, AutoProcessor, AutoModel, AutoModelForSpeechSeq2Seq,
-        AutoModelForMultimodalLM, AutoModelForTextToWaveform,
+        AutoModelForMultimodalLM, AutoModelForPreTraining, AutoModelForTextToWaveform,
     )
 }
 """
@@ -227,6 +227,14 @@ result = [type(speaker.model).__name__, said["sampling_rate"], int(np.asarray(sa
 """
     kind, rate, size = stranger(code, folder="alice/code-1.5b")
     assert kind == "MelLLMForTextToSpeech" and rate == 16000 and size > 0
+    code = """
+speaker = pipeline("speech-continuation", model=folder, trust_remote_code=True)
+said = speaker(np.array(samples, np.float32), max_new_tokens=4, max_seconds=0.1)
+result = [type(speaker.model).__name__, sorted(said), said["sampling_rate"], int(said["audio"].size)]
+"""
+    kind, names, rate, size = stranger(code, folder="alice/code-1.5b", samples=samples)
+    assert kind == "MelLLMForSpeechContinuation" and rate == 16000 and size > 0
+    assert names == ["audio", "continuation", "sampling_rate", "text", "transcript"]
     with pytest.raises(ClientError, match="trust_remote_code"):
         stranger(
             'pipeline("automatic-speech-recognition", model=folder, trust_remote_code=False)', folder=str(with_code)
@@ -239,7 +247,7 @@ def test_saved_again_it_is_still_whole(with_code, stranger, tmp_path):
 AutoModelForSpeechSeq2Seq.from_pretrained(folder, trust_remote_code=True).save_pretrained(target)
 AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(target)
 for name in autos:
-    if name != "AutoModelForTextToWaveform":  # whose weights a recogniser does not save
+    if name not in ("AutoModelForTextToWaveform", "AutoModelForPreTraining"):  # whose weights a recogniser does not save
         autos[name].from_pretrained(target, trust_remote_code=True)
 result = json.load(open(target + "/config.json"))["auto_map"]
 """

@@ -26,14 +26,15 @@ import mel_llm
 SMALL = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 
 
-def test_the_entry_point_registers_both_architectures(monkeypatch):
+def test_the_entry_point_registers_all_architectures(monkeypatch):
     registered = {}
     stub = types.ModuleType("vllm")
     stub.ModelRegistry = types.SimpleNamespace(register_model=registered.__setitem__)
     monkeypatch.setitem(sys.modules, "vllm", stub)
     module, function = entry_point().split(":")
     getattr(importlib.import_module(module), function)()
-    assert set(registered) == {mel_llm.MelLLMForSpeechSeq2Seq.__name__, mel_llm.MelLLMForTextToSpeech.__name__}
+    classes = (mel_llm.MelLLMForSpeechSeq2Seq, mel_llm.MelLLMForTextToSpeech, mel_llm.MelLLMForSpeechContinuation)
+    assert set(registered) == {kind.__name__ for kind in classes}
     (target,) = set(registered.values())
     source = Path(importlib.util.find_spec(target.split(":")[0]).origin).read_text(encoding="utf-8")
     assert f"class {target.split(':')[1]}(" in source

@@ -129,7 +129,12 @@ def prompt_texts(tokenizer, arguments: argparse.Namespace) -> list[str]:
     tokenizer.add_tokens([audio_token], special_tokens=True)
     extractor = MelLLMFeatureExtractor.from_preset("phi4")
     processor = MelLLMProcessor(extractor, tokenizer, audio_token=audio_token, **instruction_of(arguments))
-    ids = [*processor.default_prompt_ids(), *processor.speech_prompt_ids()]
+    spoken = (
+        *processor.continuation_prompt_ids(),
+        *processor.continuation_prompt_ids("qa"),
+        processor.separator_ids(),
+    )
+    ids = [*processor.default_prompt_ids(), *processor.speech_prompt_ids(), *spoken]
     return [tokenizer.decode(part) for part in ids]
 
 

@@ -1,9 +1,10 @@
-"""Trains a Mel-LLM on speech with transcripts: to read it, to speak it, or both.
+"""Trains a Mel-LLM on speech with transcripts: to read it, to speak it, to go on with it or to answer it, or several.
 
     python scripts/train.py --train_data recordings --output_dir runs/first --num_train_epochs 20
     python scripts/train.py --train_data recordings --output_dir runs/lora --lora small \\
         --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
     python scripts/train.py --train_data recordings --output_dir runs/both --tasks asr,tts
+    python scripts/train.py --train_data recordings questions --output_dir runs/spectron --tasks continuation,qa
     python scripts/train.py config.yaml --learning_rate 1e-4
 
 `--model_name_or_path` is the backbone: a causal language model to build a Mel-LLM around, or a Mel-LLM to go on with.
@@ -58,12 +59,17 @@ from mel_llm.card_results import local_name, local_names
 from mel_llm.conversion import from_text_llm, parse_layers
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMProjector
+from mel_llm.modeling_mel_llm_continuation import MelLLMForSpeechContinuation
 from mel_llm.publishing import without_paths
 from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
     LORA_PRESETS,
+    SPEAKING_TASKS,
     TASKS,
+    ContinuationCollator,
     PackedTranscriptionCollator,
+    PromptCut,
+    QACollator,
     RecordingConditions,
     SpecAugment,
     SpeechDataset,
@@ -93,7 +99,9 @@ from mel_llm.training import (
     repo_of,
     resume_stream,
     save_whole,
+    select_answered,
     select_clips,
+    select_continuations,
     train_tokenizer,
     trainable_table,
 )
@@ -107,15 +115,16 @@ RANDOM_PARTS = ("backbone", "encoder", "audio")
 AUGMENTATIONS = ("speed_factors", "spec_augment", "conditions", "voice_warp", "voice_pairs")
 
 # What these arguments ask for lies in a checkpoint once there is one
-NEW_MODELS_ONLY = (
-    "gguf_file",
-    "revision",
-    "audio_config",
-    "text_config",
-    "transcription_instruction",
-    "random_init",
-)
+INSTRUCTIONS = ("transcription_instruction", "continuation_instruction", "qa_instruction")
+NEW_MODELS_ONLY = ("gguf_file", "revision", "preset", "audio_config", "text_config", *INSTRUCTIONS, "random_init")
 NEW_SPEECH_HEADS_ONLY = ("speech_preset", "speech_config")
+
+# A model from scratch need not understand what it is asked, but must tell its tasks apart; reading is asked for by nothing
+SHORT_INSTRUCTIONS = {
+    "transcription_instruction": "",
+    "continuation_instruction": "Continue.",
+    "qa_instruction": "Answer.",
+}
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, SpeechTrainingArguments]:
@@ -150,24 +159,37 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
         parser.error("--random_init is for parts of --model_name_or_path; a model from scratch is random.")
     if model_args.freeze_layers is not None:
         layers_of(model_args.freeze_layers, 10**6)
+    weight = model_args.text_loss_weight
+    if weight is not None and not (0 <= weight < math.inf and goes_on(tasks_in(data_args))):
+        parser.error("--text_loss_weight must be at least 0, and is for --tasks continuation and qa.")
     if not data_args.train_data:
         parser.error("--train_data is needed: a folder, a manifest or a dataset of the Hub; several can be mixed.")
-    data_args.tasks = [task.strip() for entry in data_args.tasks for task in entry.split(",")]
+    data_args.tasks = tasks_in(data_args)
     if not data_args.tasks or set(data_args.tasks) - set(TASKS) or len(set(data_args.tasks)) < len(data_args.tasks):
         parser.error(f"--tasks must be one or several of {', '.join(TASKS)}, got {' '.join(data_args.tasks)}.")
     weights = data_args.task_weights
     if weights and (len(weights) != len(data_args.tasks) or not all(0 < weight < math.inf for weight in weights)):
         parser.error(f"--task_weights must be a positive number for each of {', '.join(data_args.tasks)}.")
-    if "tts" in data_args.tasks and training_args.label_smoothing_factor:
-        parser.error("--label_smoothing_factor is for tokens, and --tasks tts has spectrograms for labels.")
+    spoken = [task for task in data_args.tasks if task in SPEAKING_TASKS]
+    if spoken and training_args.label_smoothing_factor:
+        parser.error(f"--label_smoothing_factor is for tokens, and --tasks {spoken[0]} has spectrograms for labels.")
     if not 0 <= data_args.voice_pairs <= 1 or (data_args.voice_pairs and "tts" not in data_args.tasks):
         parser.error("--voice_pairs is a share from 0 to 1, for --tasks tts.")
     if "asr" not in data_args.tasks:
         for name in ("spec_augment", "speed_factors", "conditions", "voice_warp"):
             if getattr(data_args, name):
                 parser.error(
-                    f"--{name} is for reading: it would change the voices and the sound that --tasks tts learns."
+                    f"--{name} is for reading: it would change the voices and the sound that --tasks {spoken[0]} learns."
                 )
+    try:
+        prompt_cut(data_args)
+        if not 0 <= data_args.skip_text_probability <= 1:
+            raise ValueError("skip_text_probability must be a share from 0 to 1.")
+    except ValueError as error:
+        parser.error(f"--{error}")
+    for name, tasks in (("prompt_fraction", {"continuation"}), ("skip_text_probability", {"continuation", "qa"})):
+        if getattr(data_args, name) and tasks.isdisjoint(data_args.tasks):
+            parser.error(f"--{name} is for --tasks {','.join(sorted(tasks))}.")
     check_batching(parser, data_args, training_args)
     return model_args, data_args, training_args
 
@@ -179,11 +201,22 @@ def check_batching(parser: HfArgumentParser, data_args: DataArguments, training_
         parser.error("--packing is for reading: add asr to --tasks.")
     if data_args.packing and training_args.label_smoothing_factor:
         parser.error("--label_smoothing_factor does not go with --packing.")
+    if data_args.max_batch_tokens is not None and goes_on(data_args.tasks):
+        parser.error("--max_batch_tokens counts the tokens of --tasks asr and tts, not of continuation and qa.")
     for name in ("packing", "max_batch_tokens"):
         if getattr(data_args, name) and training_args.n_gpu > 1:
             parser.error(f"--{name} needs a process for each GPU: torchrun --nproc_per_node {training_args.n_gpu} ...")
         if getattr(data_args, name) and training_args.auto_find_batch_size:
             parser.error(f"--{name} and --auto_find_batch_size both decide what a batch is: leave one of them out.")
+
+
+def tasks_in(data_args: DataArguments) -> list[str]:
+    return [task.strip() for entry in data_args.tasks for task in entry.split(",")]
+
+
+def prompt_cut(data_args: DataArguments) -> PromptCut:
+    """Where clips are cut for continuation."""
+    return PromptCut(data_args.prompt_seconds, data_args.prompt_fraction or None, data_args.min_continuation_seconds)
 
 
 def arguments_of(values: dict) -> list[str]:
@@ -288,17 +321,37 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
         )
         logger.info(f"{what} data from {source.place}: {report}")
         reports[source.place] = report.to_dict()
-        if "tts" in (data_args.tasks if source.task is None else [source.task]) and any(data["instruction"]):
+        if tasks_of(source, data, data_args.tasks) != ["asr"] and any(data["instruction"]):
             raise ValueError(
-                f"{source.place} has questions, which are not to be spoken: write {source.place},task=asr."
+                f"{source.place} has questions about its clips, which are for reading alone: write {source.place},task=asr; "
+                f"or, if the clips are spoken questions, {source.place},task=qa."
             )
-        for task in [source.task] if source.task else data_args.tasks:
-            rows = selected.add_column("task", [task] * len(seconds))
-            selections.append(Selection(source, task, rows, seconds))
+        for task in tasks_of(source, data, data_args.tasks):
+            rows, lengths = selected, seconds
+            if task in ("continuation", "qa"):
+                if task == "qa":
+                    rows, lengths, narrower = select_answered(selected, seconds, report, data_args.max_seconds)
+                else:
+                    rows, lengths, narrower = select_continuations(selected, seconds, report, prompt_cut(data_args))
+                logger.info(f"Of these, for {task}: {narrower}")
+                reports[source.place][task] = narrower.to_dict()
+            rows = rows.add_column("task", [task] * len(lengths))
+            selections.append(Selection(source, task, rows, lengths))
     for task in data_args.tasks:
         if not any(selection.seconds for selection in selections if selection.task == task):
             raise ValueError(f"No clip of the {what} data is left to use for {task}; the reasons are above.")
     return selections, reports
+
+
+def tasks_of(source: SpeechSource, data, tasks: list[str]) -> list[str]:
+    """The tasks that a source serves: its own; else, of those that are learnt, `qa` alone where there are answers, and
+    where there are none all others."""
+    if source.task:
+        return [source.task]
+    if "qa" not in tasks or tasks == ["qa"]:
+        return tasks
+    answered = "answers" in (data.column_names or ())
+    return [task for task in tasks if (task == "qa") == answered]
 
 
 def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfig) -> None:
@@ -382,9 +435,12 @@ def budget_sampler(
 # --- model ----------------------------------------------------------------------------------------------------------
 
 
-def load_or_build(model_args: ModelArguments, texts, speaks: bool):
-    """The model and its processor, and whether the audio side is new. `texts` are the transcripts, for a tokenizer;
-    with `speaks`, the model has a speech head."""
+def load_or_build(model_args: ModelArguments, texts, tasks: list[str]):
+    """The model and its processor, and whether the audio side is new. `texts` are the transcripts, for a tokenizer; the
+    `tasks` say what the model must have."""
+    speaks = not set(tasks).isdisjoint(SPEAKING_TASKS)
+    model_class = {"model_class": MelLLMForSpeechContinuation} if goes_on(tasks) else {}
+    instructions = {name: getattr(model_args, name) for name in INSTRUCTIONS}
     audio_fields = json_fields("audio_config", model_args.audio_config)
     unknown = audio_fields.keys() - MelLLMAudioConfig().to_dict().keys()
     if unknown:
@@ -397,19 +453,31 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
         if unknown:
             raise ValueError(f"--text_config: the config of {model_type!r} has no field {', '.join(sorted(unknown))}.")
         tokenizer = train_tokenizer(texts(), vocab_size=model_args.vocab_size)
-        config = MelLLMConfig.from_preset(
-            "small", vocab_size=len(tokenizer), text_config=text_fields, audio_config=audio_fields
-        )
+        fields = {"vocab_size": len(tokenizer), "text_config": text_fields, "audio_config": audio_fields}
+        side = {}
+        if model_args.preset.startswith("spectron"):
+            config = MelLLMConfig.from_preset(model_args.preset, **fields, speech_config=speech_fields(model_args))
+            extractor = MelLLMFeatureExtractor.from_preset("spectron", num_mel_bins=config.audio_config.num_mel_bins)
+            side = {"feature_extractor": extractor}
+            if speaks:
+                side["speech_config"] = config.speech_config
+                side["vocoder_config"] = MelLLMVocoderConfig.from_feature_extractor(extractor)
+        else:
+            config = MelLLMConfig.from_preset(model_args.preset, **fields)
+            if speaks:
+                side = new_speech_side(model_args)
         model, processor = from_text_llm(
             config.text_config,
             tokenizer,
             audio_config=config.audio_config,
-            transcription_instruction=model_args.transcription_instruction or "",
-            **(new_speech_side(model_args) if speaks else {}),
+            **{name: SHORT_INSTRUCTIONS[name] if asked is None else asked for name, asked in instructions.items()},
+            **model_class,
+            **side,
         )
         return model, processor, True
-    if text_fields:
-        raise ValueError("--text_config is for models from scratch: leave --model_name_or_path out.")
+    if text_fields or model_args.preset != ModelArguments.preset:
+        name = "text_config" if text_fields else "preset"
+        raise ValueError(f"--{name} is for models from scratch: leave --model_name_or_path out.")
 
     dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype, None)
     if dtype is None or not (dtype == "auto" or dtype.is_floating_point):
@@ -420,10 +488,10 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
         loading["attn_implementation"] = model_args.attn_implementation
     if model_args.gguf_file is None:
         if AutoConfig.from_pretrained(name, **options).model_type == MelLLMConfig.model_type:
-            if audio_fields or model_args.transcription_instruction is not None:
-                raise ValueError(f"--audio_config and --transcription_instruction are for new models; {name} is one.")
+            if audio_fields or any(asked is not None for asked in instructions.values()):
+                raise ValueError(f"--audio_config and the instructions are for new models; {name} is one already.")
             processor = AutoProcessor.from_pretrained(name, **options)
-            model = load_mel_llm(name, processor, model_args, speaks, loading)
+            model = load_mel_llm(name, processor, model_args, tasks, loading)
             randomise(model, random_parts(model_args))
             return model, processor, False
     else:
@@ -441,12 +509,12 @@ def load_or_build(model_args: ModelArguments, texts, speaks: bool):
     else:
         text_model = AutoModelForCausalLM.from_pretrained(name, **loading)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    instruction = model_args.transcription_instruction
     model, processor = from_text_llm(
         text_model,
         tokenizer,
         audio_config=audio_fields,
-        **({} if instruction is None else {"transcription_instruction": instruction}),
+        **{name: asked for name, asked in instructions.items() if asked is not None},
+        **model_class,
         **(new_speech_side(model_args) if speaks else {}),
     )
     return model, processor, True
@@ -474,12 +542,22 @@ def find_adapters(model_args: ModelArguments) -> tuple[str | None, ModelArgument
     return name, replace(model_args, model_name_or_path=place)
 
 
-def new_speech_side(model_args: ModelArguments, extractor: MelLLMFeatureExtractor | None = None) -> dict:
-    """What a model needs beside the reading side to speak. New models get features with a frame for each hop."""
+def goes_on(tasks: list[str]) -> bool:
+    """Whether what is learnt takes SPECTRON's model."""
+    return not {"continuation", "qa"}.isdisjoint(tasks)
+
+
+def speech_fields(model_args: ModelArguments) -> dict:
     fields = json_fields("speech_config", model_args.speech_config)
     unknown = fields.keys() - MelLLMSpeechConfig().to_dict().keys()
     if unknown:
         raise ValueError(f"--speech_config: MelLLMSpeechConfig has no field {', '.join(sorted(unknown))}.")
+    return fields
+
+
+def new_speech_side(model_args: ModelArguments, extractor: MelLLMFeatureExtractor | None = None) -> dict:
+    """What a model needs beside the reading side to speak. New models get features with a frame for each hop."""
+    fields = speech_fields(model_args)
     new = {"speech_config": MelLLMSpeechConfig.from_preset(model_args.speech_preset, **fields)}
     if extractor is None:
         extractor = MelLLMFeatureExtractor.from_preset("phi4")
@@ -517,10 +595,11 @@ def randomise(model, parts: set[str]) -> None:
             embedder.encoder = fresh.encoder
 
 
-def load_mel_llm(name: str, processor, model_args: ModelArguments, speaks: bool, loading: dict):
+def load_mel_llm(name: str, processor, model_args: ModelArguments, tasks: list[str], loading: dict):
     """A Mel-LLM as it is; one that has only read so far gets a speech head if it is to speak."""
     options = {key: loading[key] for key in ("revision",) if key in loading}
     config = AutoConfig.from_pretrained(name, **options)
+    speaks = not set(tasks).isdisjoint(SPEAKING_TASKS)
     is_speaker = config.speech_config is not None
     if speaks and not is_speaker:
         for key, value in new_speech_side(model_args, processor.feature_extractor).items():
@@ -529,6 +608,13 @@ def load_mel_llm(name: str, processor, model_args: ModelArguments, speaks: bool,
         for key in NEW_SPEECH_HEADS_ONLY:
             if getattr(model_args, key) != getattr(ModelArguments, key):
                 raise ValueError(f"--{key} is for new speech heads; {name} has one.")
+    if goes_on(tasks) and not (config.continuation_suffix_ids or config.continuation_prefix_ids):
+        # It is older than the task
+        config.separator_ids = processor.separator_ids()
+        config.continuation_prefix_ids, config.continuation_suffix_ids = processor.continuation_prompt_ids()
+        config.qa_prefix_ids, config.qa_suffix_ids = processor.continuation_prompt_ids("qa")
+    if goes_on(tasks) or MelLLMForSpeechContinuation.__name__ in (config.architectures or ()):
+        return MelLLMForSpeechContinuation.from_pretrained(name, config=config, **loading)
     # A speech head that is not trained now must not be lost
     auto_class = AutoModelForTextToWaveform if speaks or is_speaker else AutoModelForSpeechSeq2Seq
     return auto_class.from_pretrained(name, config=config, **loading)
@@ -553,9 +639,12 @@ def set_vocoder(model, processor, vocoder: str | None) -> None:
 
 
 def is_changed(model, model_args: ModelArguments) -> bool:
-    """Whether a Mel-LLM was given a speech head or another vocoder than it had where it was loaded from."""
+    """Whether a Mel-LLM was given a task, a speech head or another vocoder than it had where it was loaded from."""
     before = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.revision or "main")
-    if model_args.random_init:
+    is_new_task = isinstance(model, MelLLMForSpeechContinuation) and (
+        type(model).__name__ not in (before.architectures or ())
+    )
+    if model_args.random_init or is_new_task:
         return True
     return model_args.vocoder is not None or (before.speech_config is None) != (model.config.speech_config is None)
 
@@ -692,6 +781,7 @@ def describe_setup(model_args: ModelArguments, data_args: DataArguments, sources
         **({"init_adapter": model_args.init_adapter} if model_args.init_adapter else {}),
         "wer_normalizer": data_args.wer_normalizer,
         "augmentation": {name: getattr(data_args, name) for name in AUGMENTATIONS},
+        **({"prompts": str(prompt_cut(data_args))} if "continuation" in data_args.tasks else {}),
     }
 
 
@@ -761,7 +851,12 @@ def prepare(argv: list[str]) -> Run | None:
     for source in [*sources, *eval_sources]:
         if source.task is not None and source.task not in data_args.tasks:
             raise ValueError(f"{source.place} is for {source.task}, which is not among --tasks.")
-    speaks = "tts" in data_args.tasks
+    for source, data in zip([*sources, *eval_sources], [*train_data, *eval_data], strict=True):
+        if "qa" in tasks_of(source, data, data_args.tasks) and "answers" not in (data.column_names or ()):
+            raise ValueError(
+                f"{source.place} has no answers to learn --tasks qa from. Name their column: {source.place},"
+                "answer_column=..."
+            )
     streaming = any(source.streaming for source in sources)
     if streaming and data_args.voice_pairs:
         raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
@@ -791,10 +886,12 @@ def prepare(argv: list[str]) -> Run | None:
             **{name: getattr(ModelArguments, name) for name in (*NEW_MODELS_ONLY, *NEW_SPEECH_HEADS_ONLY)},
         )
     adapters, model_args = find_adapters(model_args)
-    model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), speaks)
+    model, processor, is_new = load_or_build(model_args, lambda: transcripts(train_data), data_args.tasks)
     if data_args.packing:
         check_packing(model)
     set_vocoder(model, processor, model_args.vocoder)
+    if model_args.text_loss_weight is not None:
+        model.config.text_loss_weight = model_args.text_loss_weight
     if isinstance(model, MelLLMForTextToSpeech):
         if model.vocoder is not None:
             model.vocoder.requires_grad_(False)
@@ -808,13 +905,14 @@ def prepare(argv: list[str]) -> Run | None:
     reports: dict[str, dict] = {}
     sampler = counts = eval_set = None
     if streaming:
+        (task,), cut = data_args.tasks, prompt_cut(data_args)
         train_set = SpeechStream(
             mix_streams(sources, train_data, training_args.seed),
             training_args.train_batch_size,
             rate,
             speed,
             training_args.seed,
-            data_args.min_seconds,
+            data_args.min_seconds if task != "continuation" else max(data_args.min_seconds, cut.min_clip_seconds),
             data_args.max_seconds,
             data_args.shuffle_buffer,
             conditions,
@@ -822,7 +920,7 @@ def prepare(argv: list[str]) -> Run | None:
             training_args.world_size,
             data_args.max_batch_tokens,
             counter,
-            data_args.tasks[0],
+            task,
             # By what tells sources apart, without the folders of this machine
             {"sources": [f"{source.config}:{source.split}:{source.weight}" for source in sources]},
         )
@@ -909,6 +1007,10 @@ def prepare(argv: list[str]) -> Run | None:
     collators = {
         "asr": TranscriptionCollator(**reading),
         "tts": SynthesisCollator(processor, features_later=later),
+        "continuation": ContinuationCollator(
+            processor, prompt_cut(data_args), data_args.skip_text_probability, features_later=later
+        ),
+        "qa": QACollator(processor, model.config.separator_ids, data_args.skip_text_probability, features_later=later),
     }
     collator = TaskCollator(collators) if len(data_args.tasks) > 1 else collators[data_args.tasks[0]]
     train_collator = None
@@ -937,7 +1039,9 @@ def prepare(argv: list[str]) -> Run | None:
 def transcripts(datasets_: list):
     for data in datasets_:
         rows = data.take(10_000) if hasattr(data, "n_shards") else data
-        yield from (row["text"] for row in rows)
+        for row in rows:
+            yield row["text"]
+            yield from (row.get("answers") or [])[:1]
 
 
 def train(run: Run) -> None:

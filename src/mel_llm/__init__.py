@@ -9,7 +9,9 @@ from .configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig, MelLLMSpeech
 from .feature_extraction_mel_llm import MelLLMFeatureExtractor
 from .model_card import create_model_card
 from .modeling_mel_llm import MelLLMForSpeechSeq2Seq, MelLLMModel, MelLLMPreTrainedModel
+from .modeling_mel_llm_continuation import MelLLMForSpeechContinuation
 from .modeling_mel_llm_speech import MelLLMForTextToSpeech
+from .pipeline_mel_llm import SpeechContinuationPipeline
 from .processing_mel_llm import MelLLMProcessor
 from .registration import register
 from .sharing_mel_llm import export_remote_code
@@ -26,6 +28,7 @@ __all__ = [
     "MelLLMAudioConfig",
     "MelLLMConfig",
     "MelLLMFeatureExtractor",
+    "MelLLMForSpeechContinuation",
     "MelLLMForSpeechSeq2Seq",
     "MelLLMForTextToSpeech",
     "MelLLMModel",
@@ -35,6 +38,7 @@ __all__ = [
     "MelLLMVocoder",
     "MelLLMVocoderConfig",
     "Segment",
+    "SpeechContinuationPipeline",
     "Transcription",
     "create_model_card",
     "export_remote_code",

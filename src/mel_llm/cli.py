@@ -13,6 +13,7 @@ import typer
 
 from .audio_utils_mel_llm import AUDIO_EXTENSIONS
 from .cli_common import STDIN, check_folder, fail, give_usual_rights, interruptible, load, report
+from .cli_continue import continue_speech
 from .cli_demo import demo
 from .cli_serve import serve_speech
 from .cli_speak import speak
@@ -90,6 +91,7 @@ def transcribe(
 
 
 app.command()(speak)
+app.command("continue")(continue_speech)
 app.command()(demo)
 app.command()(serve_speech)
 

@@ -276,9 +276,9 @@ def _progress(total: int) -> Iterator:
         yield bar
 
 
-def _save_picture(picture, path: Path) -> bool:
+def _save_picture(picture, path: Path, *details) -> bool:
     try:
-        picture.save(path)
+        picture.save(path, *details)
     except Exception as error:  # the sound is safe
         report(f"mel-llm: {path} could not be drawn: {error}")
         return False
@@ -344,7 +344,7 @@ class _File:
             return False
         return True
 
-    def leave(self, num_sentences: int) -> None:
+    def leave(self, num_sentences: int | None = None) -> None:
         """The run broke off: what was spoken stays under the partial name, if there is anything."""
         with contextlib.suppress(OSError, RuntimeError):
             self.file.close()
@@ -352,7 +352,10 @@ class _File:
             os.unlink(self.partial)
             return
         seconds = self.num_samples / self.sampling_rate
-        report(f"mel-llm: the first {num_sentences} sentences ({seconds:.1f} s of sound) are in {self.partial}.")
+        if num_sentences is None:
+            report(f"mel-llm: what was made ({seconds:.1f} s of sound) is in {self.partial}.")
+        else:
+            report(f"mel-llm: the first {num_sentences} sentences ({seconds:.1f} s of sound) are in {self.partial}.")
 
     def drop(self) -> None:
         self.file.close()
@@ -380,8 +383,8 @@ class _Pipe:
     def keep(self, overwrite: bool) -> bool:
         return True
 
-    def leave(self, num_sentences: int) -> None:
-        report(f"mel-llm: the sound broke off behind {num_sentences} sentences.")
+    def leave(self, num_sentences: int | None = None) -> None:
+        report(f"mel-llm: the sound broke off{'' if num_sentences is None else f' behind {num_sentences} sentences'}.")
 
     def drop(self) -> None:
         pass

@@ -294,13 +294,15 @@ class MelLLMSpeechConfig(PreTrainedConfig):
 
     Args:
         head_type (`str`, defaults to `"vae"`): `"vae"` (Mel-LLM), `"sigma_vae"` or `"deterministic"` (SPECTRON).
+        reduction_factor (`int`, *optional*): Frames that are written at a time, a power of two up to 16; the audio config's
+            when not given, and no other with `share_embed`. SPECTRON writes frame by frame, 1, whatever its encoder does.
         head_hidden_size (`int`, defaults to 256): Width of the residual MLP (MELLE).
         postnet_layers (`int`, defaults to 5), postnet_channels (`int`, defaults to 256), postnet_kernel_size (`int`,
             defaults to 5): The convolutional post-net (MELLE); 0 layers leave it out.
         history_dropout (`float`, defaults to 0.5): Dropout on the embedded history, in training and inference (paper).
         share_embed (`bool`, defaults to `True`): Embed the history with the reading side's stem (ours) instead of a
             pre-net of its own.
-        prenet_hidden_size (`int`, defaults to 256): Width of that pre-net.
+        prenet_hidden_size (`int`, defaults to 256): Width of that pre-net; SPECTRON's is a bottleneck.
         kl_weight (`float`, defaults to 0.05), kl_prior (`str`, defaults to `"target"`), kl_warmup_steps (`int`,
             defaults to 10000): The KL term: weight (paper), prior N(target, I) (MELLE) or `"standard"` N(0, I), and
             steps at weight 0 (MELLE).
@@ -308,7 +310,8 @@ class MelLLMSpeechConfig(PreTrainedConfig):
             weight (paper), and `"absolute"` (MELLE) or `"clipped"` (ours).
         stop_weight (`float`, defaults to 1.0), stop_positive_weight (`float`, defaults to 100.0): The stop term
             (paper; MELLE).
-        delta_weight (`float`, defaults to 0.0), delta_lags (`int`, defaults to 2): SPECTRON's difference terms.
+        delta_weight (`float`, defaults to 0.0), delta_lags (`int`, defaults to 2): SPECTRON's difference terms: of
+            neighbouring bins, and of frames 1 to `delta_lags` apart.
         loss_scale (`float`, defaults to 1.0): Factor of the whole objective (ours); 1 / `num_mel_bins` brings its sums
             over bins to the size of a cross-entropy, for training both directions in one run.
         min_tokens_per_second (`float`, defaults to 1.5): Speech is cut after this: a text of n tokens may take
@@ -331,9 +334,25 @@ class MelLLMSpeechConfig(PreTrainedConfig):
             "flux_type": "clipped",
             "loss_scale": 1 / 80,
         },
+        # SPECTRON (arXiv 2305.15255): frame by frame, a bottleneck pre-net, L1 + L2 of the frames and of their differences,
+        # nothing random. Unconfirmed or ours: the widths, two lags, the scale of the loss, no dropout, and the stop head,
+        # since the paper's stop rule is not known.
+        "spectron": {
+            "head_type": "deterministic",
+            "reduction_factor": 1,
+            "share_embed": False,
+            "prenet_hidden_size": 256,
+            "head_hidden_size": 1024,
+            "postnet_layers": 0,
+            "history_dropout": 0.0,
+            "delta_weight": 1.0,
+            "delta_lags": 2,
+            "loss_scale": 1 / 128,
+        },
     }
 
     head_type: str = "vae"
+    reduction_factor: int | None = None
     head_hidden_size: int = 256
     postnet_layers: int = 5
     postnet_channels: int = 256
@@ -356,6 +375,8 @@ class MelLLMSpeechConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _check_choice(self, "head_type", ("vae", "sigma_vae", "deterministic"))
+        if self.reduction_factor is not None:
+            _check_choice(self, "reduction_factor", (1, 2, 4, 8, 16))
         for name in ("head_hidden_size", "postnet_channels", "prenet_hidden_size"):
             _check_int(self, name, maximum=_MAX_WIDTH)
         for name in ("postnet_kernel_size", "delta_lags"):
@@ -387,7 +408,7 @@ class MelLLMSpeechConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MelLLMSpeechConfig":
-        """`"paper"` or `"small"` (ours), with `overrides`.
+        """`"paper"`, `"small"` (ours) or `"spectron"`, with `overrides`.
 
         Raises:
             ValueError: There is no preset of that name.
@@ -562,6 +583,43 @@ def _phi4_mini_text_config() -> PreTrainedConfig:
 _PHI4_AUDIO_TOKEN_ID = 200011
 
 
+# Fields of the config that hold the tokens of prompts
+_ID_LISTS = (
+    *("prompt_prefix_ids", "prompt_suffix_ids", "speech_prefix_ids", "speech_suffix_ids"),
+    *("continuation_prefix_ids", "continuation_suffix_ids", "qa_prefix_ids", "qa_suffix_ids", "separator_ids"),
+)
+
+
+# SPECTRON's language models: PaLM-2's recipe is not public, so these are Llama's layers at the stated sizes (350M for its
+# semantic and acoustic results, 1B for question answering). Widths, depths and the vocabulary are ours.
+_SPECTRON_BACKBONES = {
+    "spectron-350m": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    "spectron-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+}
+# Its encoder: 600M of Conformer (stated), 24 blocks of width 1024 with 8 heads, kernel 5 and 4 times fewer tokens than
+# frames (USM's, unconfirmed), built from Phi-4-multimodal's blocks, whose width inside is chosen to meet the stated size.
+_SPECTRON_ENCODER = {"num_blocks": 24, "num_attention_heads": 8, "kernel_size": 5, "intermediate_size": 2688}
+_SMALL_BACKBONE = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 class MelLLMConfig(PreTrainedConfig):
     r"""Configuration of a Mel-LLM. `MelLLMConfig()` is the paper's model.
 
@@ -578,6 +636,13 @@ class MelLLMConfig(PreTrainedConfig):
             default prompt lies here; [`MelLLMProcessor.default_prompt_ids`] makes it from the tokenizer's template.
         speech_prefix_ids (`list[int]`), speech_suffix_ids (`list[int]`): Token ids around the text that is to be spoken;
             [`MelLLMProcessor.speech_prompt_ids`] makes them.
+        continuation_prefix_ids (`list[int]`), continuation_suffix_ids (`list[int]`): Token ids around a recording that is to
+            be gone on with; [`MelLLMProcessor.continuation_prompt_ids`] makes them.
+        qa_prefix_ids (`list[int]`), qa_suffix_ids (`list[int]`): The same around a spoken question.
+        separator_ids (`list[int]`): Token ids between what is said in the recording and what follows it, in texts where
+            that is known: the end of a line. A model that never saw them writes one text.
+        text_loss_weight (`float`, defaults to 1.0): What the cross-entropy counts beside the speech head's objective, in
+            the training of [`MelLLMForSpeechContinuation`] (paper: as much; a `loss_scale` changes the other side).
         max_text_tokens_per_second (`float`, defaults to 40.0): Transcripts made from audio alone are cut after this
             many tokens per second of audio plus a constant of 16. English is spoken at some 4 tokens (words) to 20
             (characters) a second, Cyrillic in bytes at up to 35 (ours).
@@ -619,7 +684,7 @@ class MelLLMConfig(PreTrainedConfig):
         "losses",
         "spectrogram",
     ]
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "small")
+    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "small", "spectron-350m", "spectron-1b", "spectron-small")
 
     audio_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -630,6 +695,12 @@ class MelLLMConfig(PreTrainedConfig):
     prompt_suffix_ids: list[int] | None = None
     speech_prefix_ids: list[int] | None = None
     speech_suffix_ids: list[int] | None = None
+    continuation_prefix_ids: list[int] | None = None
+    continuation_suffix_ids: list[int] | None = None
+    qa_prefix_ids: list[int] | None = None
+    qa_suffix_ids: list[int] | None = None
+    separator_ids: list[int] | None = None
+    text_loss_weight: float = 1.0
     max_text_tokens_per_second: float = 40.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -652,7 +723,7 @@ class MelLLMConfig(PreTrainedConfig):
         if self.audio_token_id is None:
             _fail(type(self).__name__, "audio_token_id", None, "given together with `text_config`")
         _check_int(self, "audio_token_id", minimum=0, maximum=vocab_size - 1)
-        for name in ("prompt_prefix_ids", "prompt_suffix_ids", "speech_prefix_ids", "speech_suffix_ids"):
+        for name in _ID_LISTS:
             ids = getattr(self, name) or []
             valid = isinstance(ids, list | tuple) and all(
                 isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids
@@ -661,6 +732,9 @@ class MelLLMConfig(PreTrainedConfig):
                 _fail(type(self).__name__, name, ids, f"a list of token ids from 0 to {vocab_size - 1}")
             setattr(self, name, list(ids))
         _check_number(self, "max_text_tokens_per_second", 0.0, 1000.0)
+        _check_number(self, "text_loss_weight", 0.0)
+        if self.speech_config is not None:
+            _ = self.speech_reduction_factor
 
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
@@ -759,46 +833,79 @@ class MelLLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MelLLMConfig":
-        """A ready configuration: `"paper"` is Mel-LLM as published, `"small"` trains on a CPU (ours).
+        """A ready configuration.
+
+        * `"paper"`: Mel-LLM as published.
+        * `"small"`: trains on a CPU (ours).
+        * `"spectron-350m"`, `"spectron-1b"`: SPECTRON (arXiv 2305.15255) at the sizes of its language models, with its 600M
+          encoder. What is not known of it is said beside the values in the code of this file, and in docs/spectron.md.
+        * `"spectron-small"`: its form at a size that trains on a CPU (ours).
 
         Args:
             name (`str`): One of `MelLLMConfig.PRESETS`.
-            overrides: Fields of the config to replace. For `"small"`, also `vocab_size` and any field of the Llama
-                backbone's config through `text_config` (a dict), and of the audio config through `audio_config`.
+            overrides: Fields of the config to replace. But for `"paper"`, also `vocab_size` and any field of the Llama
+                backbone's config through `text_config` (a dict), of the audio config through `audio_config`, and for
+                SPECTRON of the speech config through `speech_config`.
 
         Raises:
             ValueError: There is no preset of that name.
         """
         if name == "paper":
             return cls(**overrides)
-        if name == "small":
-            vocab_size = overrides.pop("vocab_size", 512)
-            special = {key: overrides.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            text_config = {
-                "model_type": "llama",
-                "vocab_size": vocab_size,
-                "hidden_size": 256,
-                "intermediate_size": 688,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 4096,
-                "tie_word_embeddings": True,
-                **{key: value for key, value in special.items() if value is not None},
-                **(overrides.pop("text_config", None) or {}),
-            }
-            audio_config = {
-                "reduction_factor": 4,
-                "conv_channels": 64,
-                "hidden_size": 256,
-                **(overrides.pop("audio_config", None) or {}),
-            }
-            overrides.setdefault("audio_token_id", text_config["vocab_size"] - 1)
-            return cls(text_config=text_config, audio_config=audio_config, **overrides)
-        raise ValueError(f"MelLLMConfig.from_preset: `name` must be one of {', '.join(cls.PRESETS)}, got {name!r}.")
+        if name not in cls.PRESETS:
+            raise ValueError(
+                f"MelLLMConfig.from_preset: `name` must be one of {', '.join(cls.PRESETS)}, got {name!r}."
+            )
+        is_spectron = name.startswith("spectron")
+        # 32k pieces of text: PaLM-2's 256k would be most of the 350M
+        vocab_size = overrides.pop("vocab_size", 32000 if name in _SPECTRON_BACKBONES else 512)
+        special = {key: overrides.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        text_config = {
+            "model_type": "llama",
+            "vocab_size": vocab_size,
+            **_SPECTRON_BACKBONES.get(name, _SMALL_BACKBONE),
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            **{key: value for key, value in special.items() if value is not None},
+            **(overrides.pop("text_config", None) or {}),
+        }
+        audio_config = {"reduction_factor": 4, "conv_channels": 64, "hidden_size": 256}
+        if is_spectron:
+            # 128 bins, a Conformer and one linear layer behind it are stated
+            audio_config.update(num_mel_bins=128, projector_type="linear", encoder_type="conformer")
+            encoder = {"num_blocks": 4, "num_attention_heads": 4, "kernel_size": 5, "intermediate_size": 512}
+            if name in _SPECTRON_BACKBONES:
+                audio_config.update(conv_channels=512, hidden_size=1024)
+                encoder = _SPECTRON_ENCODER
+            audio_config["encoder_config"] = encoder
+            small = {} if name in _SPECTRON_BACKBONES else {"head_hidden_size": 256, "prenet_hidden_size": 64}
+            speech = overrides.pop("speech_config", None) or {}
+            if isinstance(speech, dict):
+                speech = MelLLMSpeechConfig.from_preset("spectron", **{**small, **speech})
+            overrides["speech_config"] = speech
+        changes = overrides.pop("audio_config", None) or {}
+        if changes.get("encoder_type", "conformer") == "none":
+            audio_config.pop("encoder_config", None)
+        overrides.setdefault("audio_token_id", text_config["vocab_size"] - 1)
+        return cls(text_config=text_config, audio_config={**audio_config, **changes}, **overrides)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.text_config
+
+    @property
+    def speech_reduction_factor(self) -> int:
+        """Mel frames that the speech head writes at a time.
+
+        Raises:
+            ValueError: The speech config has another than the audio config, whose stem embeds what was written.
+        """
+        own, reads = self.speech_config.reduction_factor, self.audio_config.reduction_factor
+        if own is not None and own != reads and self.speech_config.share_embed:
+            raise ValueError(
+                f"MelLLMSpeechConfig: `reduction_factor` is {own}, but the history is embedded by the reading side's stem, for "
+                f"{reads} frames: `share_embed` must be False."
+            )
+        return reads if own is None else own
 
     @property
     def sampling_rate(self) -> int:
@@ -823,6 +930,14 @@ for _names in (
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 ):
     _names.setdefault(MelLLMConfig.model_type, "MelLLMForSpeechSeq2Seq")
+
+
+# The task of the pipeline too, for a repository's code: the config is what `pipeline()` loads before it looks for the task.
+# Where nobody has asked for a pipeline, none of it is imported.
+if "transformers.pipelines" in sys.modules:
+    from .pipeline_mel_llm import register_pipeline
+
+    register_pipeline(replace=False)
 
 
 __all__ = ["MelLLMAudioConfig", "MelLLMConfig", "MelLLMSpeechConfig", "MelLLMVocoderConfig"]

@@ -102,11 +102,14 @@ class MelLLMGenerationMixin(GenerationMixin):
     """`generate` for the two ways of calling a Mel-LLM; see [`MelLLMForSpeechSeq2Seq`]."""
 
     def _build_prompt(
-        self, input_features: torch.Tensor, mask: torch.Tensor | None
+        self,
+        input_features: torch.Tensor,
+        mask: torch.Tensor | None,
+        around: tuple[list[int], list[int]] | None = None,
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """The default prompt around each clip, padded on the left: `input_ids` and `attention_mask`, `(B, L)`.
 
-        A row is [padding, config.prompt_prefix_ids, n audio tokens, config.prompt_suffix_ids].
+        A row is [padding, config.prompt_prefix_ids, n audio tokens, config.prompt_suffix_ids], or has the ids of `around`.
         """
         config = self.config
         device = input_features.device
@@ -114,7 +117,7 @@ class MelLLMGenerationMixin(GenerationMixin):
         lengths = torch.full((batch_size,), num_frames, device=device) if mask is None else mask.sum(-1)
         num_tokens = config.audio_config.num_audio_tokens(lengths)
         longest = int(num_tokens.max())
-        prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
+        prefix, suffix = around or (config.prompt_prefix_ids, config.prompt_suffix_ids)
         row = torch.tensor([*prefix, *[config.audio_token_id] * longest, *suffix], device=device)
         # Prefix and audio move to the right by what a clip is shorter than the longest; the suffix stays
         position = torch.arange(len(row), device=device)

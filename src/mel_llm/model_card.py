@@ -40,7 +40,9 @@ _MARKED = re.compile(r"\n<!-- Written by mel_llm\.create_model_card[^\n]*: ([0-9
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _NAME_OF_LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _SEEN = "**The model was trained on these clips**: this does not tell how it does on others."
-_TASK_TAGS = {"asr": ASR, "tts": TTS}
+_GOES_ON = "audio-to-audio"
+_TASK_TAGS = {"asr": ASR, "tts": TTS, "continuation": _GOES_ON, "qa": _GOES_ON}
+_TASK_VERBS = {"asr": "read", "tts": "speak", "continuation": "go on with speech", "qa": "answer spoken questions"}
 _PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -88,7 +90,8 @@ def create_model_card(
             and `license`, `url`, `attribution`, `hours`, `clips`.
         evaluations: JSON files, or dicts; see [`mel_llm.card_results.read_evaluation`].
         samples: Recordings in the folder, or URLs: names, or dicts with `path` and `text`.
-        tasks (list, *optional*): `"asr"`, `"tts"`: what it was trained for; by default as the training run says.
+        tasks (list, *optional*): `"asr"`, `"tts"`, `"continuation"`, `"qa"`: what it was trained for; by default as the
+            training run says.
         tags: More tags.
         intended_use, limits, attribution (`str`, *optional*): More to be said, in Markdown.
         training (`dict`, *optional*): What a training run knows that is not in the folder's files yet; the same names.
@@ -119,8 +122,10 @@ def create_model_card(
     tasks = list(tasks or (run.get("length") or {}).get("tasks") or [])
     if set(tasks) - set(_TASK_TAGS):
         raise ValueError(f"`tasks` must be of {', '.join(_TASK_TAGS)}, got {tasks}.")
-    speaks = config is not None and config.speech_config is not None
-    reads = tasks != ["tts"] or not speaks
+    goes_on = not {"continuation", "qa"}.isdisjoint(tasks)
+    # One that was trained further to read or to speak is taken not to have lost the other; SPECTRON's tasks teach neither
+    speaks = config is not None and config.speech_config is not None and ("tts" in tasks or not goes_on)
+    reads = "asr" in tasks or not (goes_on or (tasks == ["tts"] and speaks))
     rows = _data_rows(run, data)
     results = [_checked(read_evaluation(source, name), run) for source in evaluations]
     _check_names(results)
@@ -128,7 +133,8 @@ def create_model_card(
     base_model, adapter_base = _base_models(base_model, run, config, adapter)
     place = repo_id or f"./{name}"
 
-    purposes = [text for done, text in ((reads, "writes down what is said"), (speaks, "reads texts aloud")) if done]
+    told = ((reads, "writes down what is said"), (speaks, "reads texts aloud"), (goes_on, "goes on with speech"))
+    purposes = [text for done, text in told if done]
     card_data = _metadata(
         {
             "language": language,
@@ -136,8 +142,9 @@ def create_model_card(
             "license_name": license_name,
             "license_link": license_link,
             "library_name": "peft" if adapter else "transformers",
-            "pipeline_tag": ASR if reads else TTS,
-            "tags": ["mel_llm", "speech", *([ASR] if reads else []), *([TTS] if speaks else []), *tags]
+            "pipeline_tag": ASR if reads else TTS if speaks else _GOES_ON,
+            "tags": ["mel_llm", "speech", *([ASR] if reads else []), *([TTS] if speaks else [])]
+            + [*([_GOES_ON] if goes_on else []), *tags]
             # As PEFT tags adapters, whose library is PEFT itself
             + (["transformers"] if adapter else [])
             + (["lora"] if adapter.get("peft_type") == "LORA" else []),
@@ -162,7 +169,7 @@ def create_model_card(
         samples=_samples(folder, samples),
         training=_training_text(run, state, rows, tasks),
         results=_results_text(results, while_training),
-        use=_use_text(config, reads, speaks, rows, results, intended_use, limits, language),
+        use=_use_text(config, reads, speaks, goes_on, rows, results, intended_use, limits, language),
         licence=_licence_text(license, license_name, license_link, base_model, rows, attribution),
         peft_version=run.get("versions", {}).get("peft") if adapter else None,
     )
@@ -319,7 +326,7 @@ def _training_evaluations(run: dict) -> list[Evaluation]:
     reports = (run.get("data") or {}).get("eval") or {}
     scores: dict[str, dict] = {ASR: {}, TTS: {}}
     for key, value in metrics.items():
-        if key.startswith("eval_"):
+        if key.startswith("eval_") and not key.startswith(("eval_continuation_", "eval_qa_")):
             task = TTS if key.startswith("eval_tts_") else ASR
             scores[task][re.sub(r"^eval_((asr|tts)_)?", "", key)] = value
     sources = setup.get("eval_data") or [{"place": place} for place in reports]
@@ -327,7 +334,10 @@ def _training_evaluations(run: dict) -> list[Evaluation]:
     num_seen = setup.get("eval_clips_trained_on")
     seen = bool(num_seen) or any(_identity(source) in trained_on for source in sources)
     is_known = num_seen is not None or seen
-    if (run.get("length") or {}).get("tasks") == ["tts"]:
+    tasks = (run.get("length") or {}).get("tasks")
+    if tasks in (["continuation"], ["qa"]):
+        return []  # a loss of several terms, for whoever trains
+    if tasks == ["tts"]:
         scores = {ASR: {}, TTS: scores[ASR] | scores[TTS]}
     evaluations = []
     for task, numbers in scores.items():
@@ -479,7 +489,9 @@ def _config_rows(config: MelLLMConfig, tasks: list[str]) -> list[tuple[str, str]
         ("longest piece", f"{audio.max_audio_seconds:.3g} s; longer recordings are cut at pauses"),
     ]
     if speech is not None:
-        rows.append(("speech head", f"{speech.head_type}, {audio.reduction_factor} frames a step"))
+        rows.append(
+            ("speech head", f"{speech.head_type}, {speech.reduction_factor or audio.reduction_factor} frames a step")
+        )
         vocoder = (
             "none: it writes spectrograms" if config.vocoder_config is None else config.vocoder_config.vocoder_type
         )
@@ -487,7 +499,7 @@ def _config_rows(config: MelLLMConfig, tasks: list[str]) -> list[tuple[str, str]
     if getattr(audio, "ctc_weight", 0) > 0:
         rows.append(("CTC head", f"weight {audio.ctc_weight:g} in training"))
     if tasks:
-        rows.append(("trained to", " and ".join({"asr": "read", "tts": "speak"}[task] for task in tasks)))
+        rows.append(("trained to", " and ".join(_TASK_VERBS[task] for task in tasks)))
     return rows
 
 
@@ -578,9 +590,10 @@ def _results_text(results: list[Evaluation], while_training: list[Evaluation]) -
     return "\n\n".join(parts)
 
 
-def _use_text(config, reads, speaks, rows, results, intended_use, limits, language) -> str:
+def _use_text(config, reads, speaks, goes_on, rows, results, intended_use, limits, language) -> str:
     parts = [intended_use] if intended_use else []
-    uses = [text for done, text in ((reads, "transcribing speech"), (speaks, "speaking texts")) if done]
+    told = ((reads, "transcribing speech"), (speaks, "speaking texts"), (goes_on, "going on with speech"))
+    uses = [text for done, text in told if done]
     languages = [language] if isinstance(language, str) else list(language or [])
     known = f" in {', '.join(languages)}" if languages else ""
     if not intended_use:
@@ -605,7 +618,7 @@ def _use_text(config, reads, speaks, rows, results, intended_use, limits, langua
                 f"It knows pieces of up to {config.audio_config.max_audio_seconds:.3g} s; `model.transcribe` cuts "
                 "longer recordings at their pauses."
             )
-    if speaks:
+    if speaks or goes_on:
         lines.append("Do not speak in the voice of a person who has not agreed, and say that the speech is synthetic.")
     return "\n\n".join([*parts, "\n".join(f"* {line}" for line in lines), *([limits] if limits else [])])
 

@@ -91,7 +91,7 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
     def _embed_history_tokens(self, frames: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         dtype = self.model.multi_modal_projector.linear_1.weight.dtype
         embedder, head = self.model.audio_embedder, self.speech_head
-        r = self.config.audio_config.reduction_factor
+        r = head.reduction_factor
         if lengths is not None:
             mask = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
             frames = frames.masked_fill(~mask[..., None], 0.0)
@@ -194,7 +194,7 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
         Generation writes whole patches; a last patch that was partly empty in training would be another than those
         that it sees there, and the end would be missed.
         """
-        r = self.config.audio_config.reduction_factor
+        r = self.speech_head.reduction_factor
         size = -(-frames.shape[1] // r) * r
         places = torch.arange(size, device=frames.device).expand(len(frames), -1)
         index = torch.minimum(places, lengths[:, None] - 1)
@@ -202,16 +202,16 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
         lengths = (lengths + r - 1) // r * r
         return frames.masked_fill((places >= lengths[:, None])[..., None], 0.0), lengths
 
-    def _check_spectrogram(self, labels, mask, lengths, num_texts: int) -> None:
+    def _check_spectrogram(self, labels, mask, lengths, num_texts: int, name: str = "labels") -> None:
         bins = self.config.audio_config.num_mel_bins
         if labels.ndim != 3 or labels.shape[-1] != bins or len(labels) != num_texts:
             raise ValueError(
-                f"`labels` must have the shape (batch, frames, {bins}) for {num_texts} texts, got {tuple(labels.shape)}."
+                f"`{name}` must have the shape (batch, frames, {bins}) for {num_texts} texts, got {tuple(labels.shape)}."
             )
         if (lengths == 0).any() or not (
             mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])
         ).all():
-            raise ValueError("`labels` must have at least one frame a row, and be padded on the right with -100.")
+            raise ValueError(f"`{name}` must have at least one frame a row, and be padded on the right with -100.")
 
     def _teacher_forced_states(self, input_ids, attention_mask, target, lengths) -> torch.Tensor:
         """States at "begin" and at each patch, `(B, M + 1, D)`."""
@@ -221,7 +221,8 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
         embeds = self.get_input_embeddings()(text)
         inputs_embeds = torch.cat([embeds, begin.to(embeds.dtype), history.to(embeds.dtype)], dim=1)
         places = torch.arange(history.shape[1], device=text.device)
-        patch_mask = places < self.config.audio_config.num_audio_tokens(lengths)[:, None]
+        r = self.speech_head.reduction_factor
+        patch_mask = places < ((lengths + r - 1) // r)[:, None]
         mask = torch.cat([text_mask, text_mask.new_ones(len(text), 1), patch_mask.to(text_mask.dtype)], dim=1)
         outputs = self.model.language_model(
             inputs_embeds=inputs_embeds,

@@ -102,6 +102,8 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
         reduction_factor (`int`, defaults to 8): Mel frames per audio token; the model's `audio_config` has the same.
         transcription_instruction (`str`): What the default prompt asks for.
         speech_instruction (`str`): What stands before a text that is to be spoken.
+        continuation_instruction (`str`), qa_instruction (`str`): What is asked of a recording that is to be gone on with, and
+            of a spoken question.
 
     Raises:
         ValueError: `audio_token` is not a token of the tokenizer, `reduction_factor` is not a positive integer, or a text
@@ -121,6 +123,8 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
         reduction_factor: int = 8,
         transcription_instruction: str = "Transcribe the audio clip into text.",
         speech_instruction: str = "Read the text aloud.",
+        continuation_instruction: str = "Transcribe the audio clip, go on with what is said, and say it.",
+        qa_instruction: str = "Transcribe the question in the audio clip, answer it, and say the answer.",
     ):
         if not isinstance(reduction_factor, int) or isinstance(reduction_factor, bool) or reduction_factor < 1:
             raise ValueError(f"`reduction_factor` must be a positive integer, got {reduction_factor!r}.")
@@ -128,6 +132,8 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
             ("audio_token", audio_token),
             ("transcription_instruction", transcription_instruction),
             ("speech_instruction", speech_instruction),
+            ("continuation_instruction", continuation_instruction),
+            ("qa_instruction", qa_instruction),
         ):
             if not isinstance(value, str):
                 raise ValueError(f"`{name}` must be a string, got {value!r}.")
@@ -142,6 +148,8 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
         self.reduction_factor = reduction_factor
         self.transcription_instruction = transcription_instruction
         self.speech_instruction = speech_instruction
+        self.continuation_instruction = continuation_instruction
+        self.qa_instruction = qa_instruction
         if chat_template is None:
             template = tokenizer.chat_template
             if isinstance(template, dict):
@@ -398,8 +406,8 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
-    def _request(self, audio, language: str | None, prompt: str | None) -> list[dict]:
-        instruction = self.transcription_instruction
+    def _request(self, audio, language: str | None, prompt: str | None, instruction: str | None = None) -> list[dict]:
+        instruction = self.transcription_instruction if instruction is None else instruction
         if language is not None:
             name = LANGUAGES.get(re.split("[-_]", language.lower())[0], language)  # "en-US" is English too
             if name == language and len(name) < 4 and name.islower():
@@ -417,7 +425,60 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
     def default_prompt_ids(self) -> tuple[list[int], list[int]]:
         """Token ids before and after the audio in the default prompt, for the config's `prompt_prefix_ids` and
         `prompt_suffix_ids`."""
-        text = self.apply_chat_template(self._request(None, None, None), add_generation_prompt=True)
+        return self._ids_around_audio(self.transcription_instruction)
+
+    def continuation_prompt_ids(self, task: str = "continuation") -> tuple[list[int], list[int]]:
+        """Token ids before and after the audio of a prompt for speech: for `"continuation"` the config's
+        `continuation_prefix_ids` and `continuation_suffix_ids`, for `"qa"` its `qa_prefix_ids` and `qa_suffix_ids`.
+
+        Raises:
+            ValueError: There is no such task.
+        """
+        instructions = {"continuation": self.continuation_instruction, "qa": self.qa_instruction}
+        if task not in instructions:
+            raise ValueError(f"`task` must be one of {', '.join(map(repr, instructions))}, got {task!r}.")
+        return self._ids_around_audio(instructions[task])
+
+    def separator_ids(self) -> list[int]:
+        """Token ids between what was heard and what follows, for the config's `separator_ids`: the end of a line, or a
+        full stop for a tokenizer without."""
+        unknown = self.tokenizer.unk_token_id
+        for text in ("\n", "."):
+            ids = self._plain_ids([text])[0]
+            if ids and unknown not in ids and self.tokenizer.decode(ids) == text:
+                return ids
+        return []
+
+    def continuation_text_ids(self, transcript: str, continuation: str | None = None) -> list[int]:
+        """Token ids of the text that a model writes behind a spoken prompt, for `labels` of
+        [`MelLLMForSpeechContinuation`]; the model adds the end of text.
+
+        Args:
+            transcript (`str`): What is said in the recording; with what follows it, where the two cannot be told apart.
+            continuation (`str`, *optional*): What follows it, or the answer. The separator goes between the two. Each is
+                tokenized on its own, so that the separator's tokens are those of the config.
+        """
+        ids = self._plain_ids([transcript.strip()])[0]
+        if continuation is None:
+            return ids
+        return [*ids, *self.separator_ids(), *self._plain_ids([continuation.strip()])[0]]
+
+    def decode_continuation(self, output) -> list[dict[str, str | None]]:
+        """What [`MelLLMForSpeechContinuation.generate`] returned as text: for each row a dict of `text`, all of it, and
+        `transcript` and `continuation`, its parts, which are None where the model wrote no separator."""
+
+        def decode(ids) -> str | None:
+            return None if ids is None else self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+        return [
+            {"text": decode(row), "transcript": decode(transcript), "continuation": decode(continuation)}
+            for row, transcript, continuation in zip(
+                output.sequences, output.transcript, output.continuation, strict=True
+            )
+        ]
+
+    def _ids_around_audio(self, instruction: str) -> tuple[list[int], list[int]]:
+        text = self.apply_chat_template(self._request(None, None, None, instruction), add_generation_prompt=True)
         ids = self._tokenize(text, first=True)
         place = ids.index(self.audio_token_id)
         return ids[:place], ids[place + 1 :]

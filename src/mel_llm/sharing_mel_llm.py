@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     # transformers finds the files of remote code by reading the `from .module import` lines of a class's own file, of the
     # files that they name, and so on, whether or not they are ever run. These make that set the same, and whole, from
     # whichever class it begins: what is saved as one kind of model can be loaded as every other kind.
-    from .modeling_mel_llm_speech import MelLLMForTextToSpeech  # noqa: F401
+    from .modeling_mel_llm_continuation import MelLLMForSpeechContinuation  # noqa: F401
     from .processing_mel_llm import MelLLMProcessor  # noqa: F401
 
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 AUTO_MAP: dict[str, str] = {
     "AutoConfig": "configuration_mel_llm.MelLLMConfig",
     "AutoModel": "modeling_mel_llm.MelLLMModel",
+    "AutoModelForPreTraining": "modeling_mel_llm_continuation.MelLLMForSpeechContinuation",
     "AutoModelForSpeechSeq2Seq": "modeling_mel_llm.MelLLMForSpeechSeq2Seq",
     "AutoModelForMultimodalLM": "modeling_mel_llm.MelLLMForSpeechSeq2Seq",
     "AutoModelForTextToWaveform": "modeling_mel_llm_speech.MelLLMForTextToSpeech",

@@ -105,6 +105,18 @@ class MelLLMSpeechGenerationMixin:
             raise ValueError(f"`streamer` takes one text at a time, got a batch of {len(input_ids)}.")
         sink = None if options.streamer is None else SpeechStream(self, options.streamer)
         frames, lengths, stopped = self._write_patches(input_ids, attention_mask, voice, voice_mask, options, sink)
+        rows, audio = self._finish_speech(frames, lengths, stopped, sink)
+        if options.return_dict:
+            return MelLLMSpeechGenerationOutput(audio=audio, spectrogram=rows, stopped=stopped)
+        if audio is None:
+            raise ValueError(
+                "This model has no vocoder (`config.vocoder_config` is None), so it makes no waveform. Pass "
+                "`return_dict_in_generate=True` for the spectrogram."
+            )
+        return torch.nn.utils.rnn.pad_sequence(audio, batch_first=True)
+
+    def _finish_speech(self, frames, lengths, stopped: list[bool], sink) -> tuple[list, list | None]:
+        """What [`_write_on`] wrote to log-mel frames of each row, and its waveform where there is a vocoder."""
         if not torch.isfinite(frames).all():
             raise RuntimeError(
                 f"The model wrote a spectrogram with NaN or infinity in it; its weights are {self.dtype}. Try float32."
@@ -119,15 +131,7 @@ class MelLLMSpeechGenerationMixin:
         else:
             spectrogram = self._finish_spectrogram(frames, lengths)
             audio = None if self.vocoder is None else self._to_audio(spectrogram, lengths)
-        if options.return_dict:
-            rows = [row[: int(length)] for row, length in zip(spectrogram, lengths, strict=True)]
-            return MelLLMSpeechGenerationOutput(audio=audio, spectrogram=rows, stopped=stopped)
-        if audio is None:
-            raise ValueError(
-                "This model has no vocoder (`config.vocoder_config` is None), so it makes no waveform. Pass "
-                "`return_dict_in_generate=True` for the spectrogram."
-            )
-        return torch.nn.utils.rnn.pad_sequence(audio, batch_first=True)
+        return [row[: int(length)] for row, length in zip(spectrogram, lengths, strict=True)], audio
 
     def _take_from(self, generation_config, kwargs: dict) -> None:
         """What a caller's own config says about speech. The model's is about text, as far as it says the same."""
@@ -161,15 +165,13 @@ class MelLLMSpeechGenerationMixin:
             )
 
     def _write_patches(self, input_ids, attention_mask, voice, voice_mask, options: "_SpeechOptions", sink):
-        """Frames `y'` `(B, T, F)`, normalised, how many of each row count, and whether the model ended it itself."""
-        speech, device = self.config.speech_config, self.device
+        """Speaks a text: see [`_write_on`] for what is returned."""
+        device = self.device
         input_ids = input_ids.to(device)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
         text, mask = self._speech_prompt(input_ids, attention_mask)
         batch_size, num_tokens = len(text), attention_mask.sum(-1)
-        patch_seconds = self.config.audio_config.reduction_factor / self.config.audio_config.frame_rate
-        is_random = self.speech_head.is_random and options.temperature > 0
-        chance = _Chance(self, options.seeds(batch_size), is_random)
+        chance = self._chance(options, options.seeds(batch_size))
 
         history, previous, num_voice = self._voice_history(voice, voice_mask, batch_size, chance.for_voice())
         begin = self.speech_head.begin.expand(batch_size, 1, -1)
@@ -177,19 +179,14 @@ class MelLLMSpeechGenerationMixin:
         inputs_embeds = torch.cat([embeds, begin.to(embeds.dtype), history.to(embeds.dtype)], dim=1)
         places = torch.arange(history.shape[1], device=device)
         mask = torch.cat([mask, mask.new_ones(batch_size, 1), (places < num_voice[:, None]).to(mask.dtype)], dim=1)
-        least, most = options.patch_limits(num_tokens, num_voice, patch_seconds, self.config)
+        least, most = options.patch_limits(num_tokens, num_voice, self._patch_seconds, self.config)
         most = most.clamp(max=self._room(int(mask.sum(-1).max())))
 
-        most_steps = int(most.max())
         cache = DynamicCache(config=self.config.text_config)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        # One mask for all steps; without padding there is none, which saves making one for each layer type and step
-        is_padded = not bool(mask.all())
-        size = mask.shape[1]
-        mask = torch.cat([mask, mask.new_ones(batch_size, most_steps)], dim=1) if is_padded else None
         outputs = self.model.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=mask[:, :size] if is_padded else None,
+            attention_mask=None if bool(mask.all()) else mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -197,11 +194,39 @@ class MelLLMSpeechGenerationMixin:
         last = text.shape[1] + num_voice
         hidden = outputs.last_hidden_state[torch.arange(batch_size, device=device), last]
         position = position_ids.gather(1, last[:, None])
+        return self._write_on(hidden, position, mask, cache, previous, (least, most), chance, options, sink)
 
+    @property
+    def _patch_seconds(self) -> float:
+        return self.speech_head.reduction_factor / self.config.audio_config.frame_rate
+
+    def _chance(self, options: "_SpeechOptions", seeds: list[int]) -> "_Chance":
+        return _Chance(self, seeds, self.speech_head.is_random and options.temperature > 0)
+
+    def _write_on(self, hidden, position, mask, cache, previous, limits, chance, options: "_SpeechOptions", sink):
+        """Writes patches behind a sequence whose keys and values are in `cache`.
+
+        Args:
+            hidden: `(B, D)`, the state that predicts the first patch.
+            position: `(B, 1)`, where that state stands.
+            mask: `(B, size)`, 0 for what of the cache is padding.
+            previous: `(B, r, F)`, the patch before the first, or None.
+            limits: The fewest and the most patches of each row, both `(B,)`.
+
+        Returns:
+            Frames `y'` `(B, T, F)`, normalised, how many of each row count, and whether the model ended it itself.
+        """
+        least, most = limits
+        batch_size, device, most_steps = len(hidden), hidden.device, int(most.max())
+        dtype = self.get_input_embeddings().weight.dtype
+        # One mask for all steps; without padding there is none, which saves making one for each layer type and step
+        is_padded = not bool(mask.all())
+        size = mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(batch_size, most_steps)], dim=1) if is_padded else None
         ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
         by_itself = ended.clone()
         lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        silence = _SilenceGuard(batch_size, speech.max_silence_seconds, patch_seconds, device)
+        silence = _SilenceGuard(batch_size, self.config.speech_config.max_silence_seconds, self._patch_seconds, device)
         patches: list[torch.Tensor] = []
         for step in range(most_steps):
             stop = torch.sigmoid(self.speech_head.stop(hidden)[:, 0].float()) > options.stop_threshold
@@ -225,14 +250,14 @@ class MelLLMSpeechGenerationMixin:
             position = position + 1
             size += 1
             outputs = self.model.language_model(
-                inputs_embeds=token.to(embeds.dtype),
+                inputs_embeds=token.to(dtype),
                 attention_mask=mask[:, :size] if is_padded else None,
                 position_ids=position,
                 past_key_values=cache,
                 use_cache=True,
             )
             hidden = outputs.last_hidden_state[:, -1]
-        r = self.config.audio_config.reduction_factor
+        r = self.speech_head.reduction_factor
         lengths = (lengths - silence.surplus()).clamp(min=1) * r
         frames = torch.stack(patches, dim=1).flatten(1, 2)
         return frames[:, : int(lengths.max())], lengths, by_itself.tolist()
@@ -255,7 +280,7 @@ class MelLLMSpeechGenerationMixin:
             empty = self.speech_head.begin.new_zeros(batch_size, 0, self.config.text_config.hidden_size)
             return empty, None, torch.zeros(batch_size, dtype=torch.long, device=self.device)
         voice, voice_mask = self.model._check_features(voice.to(self.device), voice_mask)
-        r = self.config.audio_config.reduction_factor
+        r = self.speech_head.reduction_factor
         num_frames = torch.full((len(voice),), voice.shape[1]) if voice_mask is None else voice_mask.sum(-1)
         num_patches = num_frames.to(self.device) // r  # whole patches only: what follows must not begin inside one
         if len(voice) != batch_size or (num_patches == 0).any():

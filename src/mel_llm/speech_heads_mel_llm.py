@@ -69,7 +69,11 @@ def optimal_sigma_loss(prediction: torch.Tensor, target: torch.Tensor, mask: tor
 
 
 def delta_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, lags: int) -> torch.Tensor:
-    """L1 + L2 of the differences between neighbouring bins and between frames 1 to `lags` apart (SPECTRON)."""
+    """L1 + L2 of the differences between neighbouring bins and between frames 1 to `lags` apart (SPECTRON: L_f + L_t).
+
+    Differences of two frames count where the later one is valid; each term is a mean over those, as the frames' own is
+    (the paper's reduction is not known).
+    """
     error = prediction - target
     steps = error[..., 1:] - error[..., :-1]
     total = masked_frame_mean(steps.abs() + steps.square(), mask)
@@ -151,7 +155,7 @@ class MelLLMSpeechHead(nn.Module):
         speech, width = config.speech_config, config.text_config.hidden_size
         self.config = speech
         self.num_mel_bins = config.audio_config.num_mel_bins
-        self.reduction_factor = config.audio_config.reduction_factor
+        self.reduction_factor = config.speech_reduction_factor
         patch_size = self.reduction_factor * self.num_mel_bins
         self.is_random = speech.head_type != "deterministic"
         # What the first patch is predicted from; a vector of the head and not a token, so that no vocabulary changes

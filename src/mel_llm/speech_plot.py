@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -60,8 +61,8 @@ class SpeechPlot:
         """The time that the columns span."""
         return len(self.mel) * self.frames_per_column * self.extractor.hop_length / self.extractor.sampling_rate
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Draws the PNG, which appears whole or not at all.
+    def save(self, path: str | os.PathLike, marks: Sequence[float] = (), title: str | None = None) -> None:
+        """Draws the PNG, which appears whole or not at all; with lines at `marks`, in seconds, and a title.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -78,6 +79,11 @@ class SpeechPlot:
         extent = (0.0, self.seconds, 0, self.mel.shape[1])
         image = upper.imshow(self.mel.T, origin="lower", aspect="auto", extent=extent)
         upper.set(ylabel="mel bin")
+        for seconds in marks:
+            upper.axvline(seconds, color="white", linewidth=1.5)
+            lower.axvline(seconds, color="black", linewidth=1.0)
+        if title:
+            upper.set_title(title, fontsize=9, loc="left", wrap=True, parse_math=False)
         figure.colorbar(image, ax=upper, label=f"{self.extractor.log} of the mel spectrum")
         times = (np.arange(len(self.envelope)) + 0.5) * self.seconds / len(self.envelope)
         lower.fill_between(times, self.envelope[:, 0], self.envelope[:, 1], linewidth=0.5, edgecolor="C0")

@@ -160,7 +160,7 @@ def iter_speech(
             if not is_given and kept is None and output.stopped[0] and len(frames) <= _MAX_VOICE_SECONDS * frame_rate:
                 candidate = (sentence, frames)
                 if (
-                    len(frames) >= model.config.audio_config.reduction_factor
+                    len(frames) >= model.speech_head.reduction_factor
                     and _room_for_text(model, processor, candidate) >= _LEAST_TEXT_TOKENS
                 ):
                     kept = candidate
@@ -185,7 +185,7 @@ def _room_for_text(model, processor, voice: tuple[str, torch.Tensor] | None) -> 
     room = MAX_TEXT_TOKENS - num_voice
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     if limit is not None:
-        num_patches = 0 if voice is None else len(voice[1]) // model.config.audio_config.reduction_factor
+        num_patches = 0 if voice is None else len(voice[1]) // model.speech_head.reduction_factor
         num_prompt = len(model.config.speech_prefix_ids) + len(model.config.speech_suffix_ids) + 1
         room = min(room, int(_TEXT_SHARE * (limit - num_prompt - num_voice - num_patches)))
     return room

@@ -367,6 +367,8 @@ def transcribe_clips(
             # For `generate` this is a chat, which may go on to the checkpoint's limit, whatever the audio's length
             budgets = _token_budgets(model, inputs["input_features_mask"].sum(-1), kwargs.get("generation_config"))
             kwargs["max_new_tokens"] = max(budgets)
+    if hasattr(model, "_continuation_prompt"):  # which would go on with what it hears
+        kwargs.setdefault("task", "transcribe")
     with _evaluation_mode(model):
         output = model.generate(**inputs.to(model.device), **kwargs)
     rows = (output if isinstance(output, torch.Tensor) else output["sequences"])[:, prompt_length:].tolist()

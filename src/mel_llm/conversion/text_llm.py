@@ -68,7 +68,10 @@ def from_text_llm(
     audio_config: MelLLMAudioConfig | dict | None = None,
     feature_extractor: MelLLMFeatureExtractor | None = None,
     transcription_instruction: str | None = None,
+    continuation_instruction: str | None = None,
+    qa_instruction: str | None = None,
     chat_template: str | None = None,
+    model_class: type[MelLLMForSpeechSeq2Seq] | None = None,
     **config_overrides,
 ) -> tuple[MelLLMForSpeechSeq2Seq, MelLLMProcessor]:
     r"""Builds a Mel-LLM around a text language model, with its processor.
@@ -83,7 +86,10 @@ def from_text_llm(
         feature_extractor: By default the one that fits the audio config (the paper's features).
         transcription_instruction (`str`, *optional*): What the default prompt asks for. An empty string suits a model
             that is trained from scratch for nothing else.
+        continuation_instruction (`str`, *optional*), qa_instruction (`str`, *optional*): The same of the prompts for what is
+            to be gone on with, and for spoken questions.
         chat_template (`str`, *optional*): For the processor; made from the tokenizer's by default.
+        model_class (`type`, *optional*): [`MelLLMForSpeechContinuation`] for a model that goes on with what it hears.
         config_overrides: Fields of [`MelLLMConfig`]; with a `speech_config`, the model is a
             [`MelLLMForTextToSpeech`], which speaks too.
 
@@ -118,14 +124,18 @@ def from_text_llm(
             raise ValueError(f"`audio_config` has {name} {ours}, but `feature_extractor` has {theirs}.")
     if audio_config.silence_threshold is None:
         audio_config.silence_threshold = silence_threshold(feature_extractor)
-    instruction = {} if transcription_instruction is None else {"transcription_instruction": transcription_instruction}
+    instructions = {
+        "transcription_instruction": transcription_instruction,
+        "continuation_instruction": continuation_instruction,
+        "qa_instruction": qa_instruction,
+    }
     processor = MelLLMProcessor(
         feature_extractor,
         tokenizer,
         chat_template=chat_template,
         audio_token=audio_token,
         reduction_factor=audio_config.reduction_factor,
-        **instruction,
+        **{name: value for name, value in instructions.items() if value is not None},
     )
 
     if isinstance(text_model, PreTrainedConfig):
@@ -138,6 +148,8 @@ def from_text_llm(
 
     prefix, suffix = processor.default_prompt_ids()
     speech_prefix, speech_suffix = processor.speech_prompt_ids()
+    continuation_prefix, continuation_suffix = processor.continuation_prompt_ids()
+    qa_prefix, qa_suffix = processor.continuation_prompt_ids("qa")
     generation_config = text_model.generation_config
     fields = {
         "eos_token_id": tokenizer.eos_token_id if generation_config is None else generation_config.eos_token_id,
@@ -148,6 +160,11 @@ def from_text_llm(
         "prompt_suffix_ids": suffix,
         "speech_prefix_ids": speech_prefix,
         "speech_suffix_ids": speech_suffix,
+        "continuation_prefix_ids": continuation_prefix,
+        "continuation_suffix_ids": continuation_suffix,
+        "qa_prefix_ids": qa_prefix,
+        "qa_suffix_ids": qa_suffix,
+        "separator_ids": processor.separator_ids(),
         # What the weights are, not what a config says: a multimodal model's parts may disagree
         "tie_word_embeddings": head.weight is text_model.get_input_embeddings().weight,
         **config_overrides,
@@ -169,7 +186,8 @@ def from_text_llm(
     config._attn_implementation = attn_implementation
 
     # Without memory for a second language model; what is new is then made where the language model is
-    model_class = MelLLMForSpeechSeq2Seq if config.speech_config is None else MelLLMForTextToSpeech
+    if model_class is None:
+        model_class = MelLLMForSpeechSeq2Seq if config.speech_config is None else MelLLMForTextToSpeech
     with torch.device("meta"):
         model = model_class(config)
     model.model.language_model = decoder

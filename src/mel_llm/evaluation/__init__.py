@@ -10,10 +10,19 @@ from .cer import CharacterErrorRate
 from .clip_evaluation import ClipEvaluation
 from .clip_sets import ClipSet, load_clip_set
 from .clip_systems import ClipSystem, FunctionSystem, Transcriber, make_transcriber
+from .continuation_evaluation import (
+    ContinuationModel,
+    SpokenPrompt,
+    load_prompts,
+    make_continuation_judges,
+    summarize_continuations,
+)
 from .mel_distance import MelDistance
 from .mos import load_mos
 from .normalizers import TEXT_NORMALIZERS, get_text_normalizer
 from .open_asr import BENCHMARKS, eval_results, load_benchmark
+from .perplexity import LogPerplexity
+from .question_answering import QuestionAnsweringAccuracy, SpokenQuestion, load_questions
 from .recognizers import load_recognizer
 from .rtfx import RealTimeFactor
 from .speaker_similarity import cosine_similarity, load_speaker_encoder
@@ -37,14 +46,19 @@ __all__ = [
     "ClipEvaluation",
     "ClipSet",
     "ClipSystem",
+    "ContinuationModel",
     "CopySynthesis",
     "FunctionSystem",
+    "LogPerplexity",
     "MelDistance",
     "ModelSpeech",
+    "QuestionAnsweringAccuracy",
     "RealTimeFactor",
     "ReferenceSpeech",
     "SpeechEvaluation",
     "SpeechSystem",
+    "SpokenPrompt",
+    "SpokenQuestion",
     "Transcriber",
     "Utterance",
     "WordErrorRate",
@@ -59,15 +73,19 @@ __all__ = [
     "load_benchmark",
     "load_clip_set",
     "load_mos",
+    "load_prompts",
+    "load_questions",
     "load_recognizer",
     "load_speaker_encoder",
     "load_utterances",
     "make_answerer",
     "make_compute_metrics",
+    "make_continuation_judges",
     "make_judges",
     "make_transcriber",
     "speech_table",
     "summarize_answers",
     "summarize_asr",
+    "summarize_continuations",
     "summarize_speech",
 ]

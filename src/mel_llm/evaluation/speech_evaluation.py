@@ -114,7 +114,7 @@ class SpeechEvaluation:
     def _measure_recording(self, record: dict, utterance: Utterance) -> bool:
         """The reference's duration into the record, if it is not there or of another recording; whether it was not."""
         key = utterance.recording_key
-        if key is None or record.get("recording") == key:
+        if not utterance.has_recording or record.get("recording") == key:
             return False
         record["recording"] = key
         record["reference_seconds"] = len(utterance.load(EVALUATION_RATE)) / EVALUATION_RATE
@@ -177,9 +177,13 @@ class SpeechEvaluation:
         if isinstance(speech, Exception):
             logger.warning(f"{system.name}: {utterance.id}: {speech}")
             return {**record, "error": f"{type(speech).__name__}: {speech}", "scores": {}}
+        if speech.written is not None:
+            record["written"] = speech.written
         audio = np.asarray(speech.audio, dtype=np.float32)
         if not np.isfinite(audio).all() or not len(audio):
-            return self._keep(system, folder, index, ValueError("the speech is empty or not finite"))
+            error = "ValueError: the speech is empty or not finite"
+            logger.warning(f"{system.name}: {utterance.id}: {error}")
+            return {**record, "error": error, "scores": {}}
         if system.synthesises:
             write_audio(audio_path, audio, speech.sampling_rate)
             sha256 = hashlib.sha256(audio_path.read_bytes()).hexdigest()

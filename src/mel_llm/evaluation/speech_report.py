@@ -9,6 +9,11 @@ from .wer import WordErrorRate
 
 # Name in the results -> heading, format, and what it is multiplied by in the table
 _COLUMNS = {
+    "text_accuracy": ("answered in text, %", "{:.1f}", 100),
+    "speech_accuracy": ("answered in speech, %", "{:.1f}", 100),
+    "nll_per_utterance": ("log-perplexity, per utterance", "{:.1f}", 1),
+    "nll_per_token": ("per token", "{:.2f}", 1),
+    "text_speech_wer": ("WER of speech to its text, %", "{:.1f}", 100),
     "wer": ("WER, %", "{:.1f}", 100),
     "cer": ("CER, %", "{:.1f}", 100),
     "similarity": ("speaker similarity", "{:.3f}", 1),
@@ -18,6 +23,7 @@ _COLUMNS = {
     "duration_ratio": ("duration ratio", "{:.3f}", 1),
     "rtfx": ("× real time", "{:.1f}", 1),
     "guarded": ("ended by a guard, %", "{:.1f}", 100),
+    "wordless": ("without a word, %", "{:.1f}", 100),
 }
 
 
@@ -58,17 +64,26 @@ def summarize_speech(
             parts.setdefault("guarded", []).append((float(not audio["stopped"]), 1.0))
     if result["settings"].get("kind") == "reference":
         parts.pop("duration_ratio", None)
-    totals = {}
-    for name, pairs in parts.items():
-        above, below = zip(*pairs, strict=True)
-        interval = bootstrap_interval(above, below, num_samples=bootstrap_samples, seed=seed)
-        low, high = interval or (None, None)
-        totals[name] = {"value": sum(above) / sum(below), "low": low, "high": high, "utterances": len(pairs)}
+    totals = totals_of(parts, seed, bootstrap_samples)
     threads = sorted({row["audio"]["threads"] for row in rows if row.get("audio", {}).get("threads")})
     if "rtfx" in totals:
         totals["rtfx"]["threads"] = threads
     failed = [row["id"] for row in rows if "error" in row or row.get("judge_errors")]
     return {**result, "num_utterances": len(rows), "failed": failed, "totals": totals, "utterances": rows}
+
+
+def totals_of(parts: dict[str, list[tuple[float, float]]], seed: int = 0, bootstrap_samples: int = 1000) -> dict:
+    """Ratios of sums with their intervals, of the numerator and the denominator of each utterance; none where there is
+    nothing to divide by."""
+    totals = {}
+    for name, pairs in parts.items():
+        above, below = zip(*pairs, strict=True)
+        if not sum(below):
+            continue
+        interval = bootstrap_interval(above, below, num_samples=bootstrap_samples, seed=seed)
+        low, high = interval or (None, None)
+        totals[name] = {"value": sum(above) / sum(below), "low": low, "high": high, "utterances": len(pairs)}
+    return totals
 
 
 def _error_rates(rows: Sequence[dict], normalizer, parts: dict) -> None:
@@ -137,4 +152,4 @@ def _cell(name: str, total: dict | None) -> str:
     return f"{value} ({pattern.format(scale * total['low'])}–{pattern.format(scale * total['high'])})"
 
 
-__all__ = ["speech_table", "summarize_speech"]
+__all__ = ["speech_table", "summarize_speech", "totals_of"]

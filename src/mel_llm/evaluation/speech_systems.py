@@ -27,12 +27,14 @@ class Speech:
         audio (`np.ndarray` of shape `(samples,)`), sampling_rate (`int`): The waveform, and its rate in Hz.
         wall_seconds (`float`, *optional*): What making it took; in a batch, its share by duration.
         stopped (`bool`, *optional*): Whether the model ended the speech by itself, and no guard did.
+        written (`dict`, *optional*): What the model wrote before it spoke; JSON's types.
     """
 
     audio: np.ndarray
     sampling_rate: int
     wall_seconds: float | None = None
     stopped: bool | None = None
+    written: dict | None = None
 
 
 class SpeechSystem:

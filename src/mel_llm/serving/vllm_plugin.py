@@ -10,7 +10,7 @@ def register() -> None:
 
     import mel_llm  # noqa: F401  (its configuration and processor register with the Auto classes)
 
-    for architecture in ("MelLLMForSpeechSeq2Seq", "MelLLMForTextToSpeech"):
+    for architecture in ("MelLLMForSpeechSeq2Seq", "MelLLMForTextToSpeech", "MelLLMForSpeechContinuation"):
         ModelRegistry.register_model(architecture, "mel_llm.serving.vllm_model:MelLLMForVLLM")
 
 

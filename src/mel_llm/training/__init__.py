@@ -3,6 +3,7 @@
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
 from .conditions import RecordingConditions, VoiceWarp
+from .continuation import ContinuationCollator, PromptCut, QACollator, select_answered, select_continuations
 from .ctc import count_unspellable, ctc_bytes
 from .dataset import SpeechDataset
 from .freezing import describe_trainable, freeze_layers, trainable_table
@@ -10,7 +11,7 @@ from .lora import LORA_PRESETS, count_parameters, freeze, load_adapter, lora_con
 from .packing import PackedTranscriptionCollator, check_packing, pack_transcripts
 from .report import DataReport, select_clips
 from .sampler import SpeechSampler
-from .sources import TASKS, SpeechSource, load_source
+from .sources import SPEAKING_TASKS, TASKS, SpeechSource, load_source
 from .statistics import compute_feature_statistics
 from .streaming import SpeechStream
 from .token_budget import TokenBudgetSampler, TokenCounter, batch_tokens
@@ -21,9 +22,13 @@ from .vocoder import SegmentSampler, VocoderTrainer, VocoderTrainingArguments, r
 
 __all__ = [
     "LORA_PRESETS",
+    "SPEAKING_TASKS",
     "TASKS",
+    "ContinuationCollator",
     "DataReport",
     "PackedTranscriptionCollator",
+    "PromptCut",
+    "QACollator",
     "RecordingConditions",
     "SegmentSampler",
     "SpecAugment",
@@ -60,7 +65,9 @@ __all__ = [
     "resume_stream",
     "round_trip_error",
     "save_whole",
+    "select_answered",
     "select_clips",
+    "select_continuations",
     "train_tokenizer",
     "trainable_table",
 ]

@@ -22,6 +22,13 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, flex_attention."}
     )
+    preset: str = field(
+        default="small",
+        metadata={
+            "help": "From scratch only: small, or SPECTRON's form, spectron-small, spectron-350m or spectron-1b, with its "
+            "features, encoder and speech head."
+        },
+    )
     audio_config: str = field(
         default="{}",
         metadata={"help": "New models only: fields of MelLLMAudioConfig in JSON, e.g. '{\"reduction_factor\": 4}'."},
@@ -39,11 +46,24 @@ class ModelArguments:
         default=None,
         metadata={"help": "New models only: what the default prompt asks for. From scratch: nothing, by default."},
     )
+    continuation_instruction: str | None = field(
+        default=None, metadata={"help": "New models only: what the prompt asks for that is to be gone on with."}
+    )
+    qa_instruction: str | None = field(
+        default=None, metadata={"help": "New models only: what the prompt asks for around a spoken question."}
+    )
     speech_preset: str = field(
-        default="small", metadata={"help": "New speech heads only: small or paper, of MelLLMSpeechConfig."}
+        default="small", metadata={"help": "New speech heads only: small, paper or spectron, of MelLLMSpeechConfig."}
     )
     speech_config: str = field(
         default="{}", metadata={"help": "New speech heads only: fields of MelLLMSpeechConfig in JSON."}
+    )
+    text_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "For continuation and qa: what the text's cross-entropy counts beside the speech head's loss; by default "
+            "as the model has it, 1 for new ones."
+        },
     )
     vocoder: str | None = field(
         default=None,
@@ -112,7 +132,10 @@ class DataArguments:
     )
     tasks: list[str] = field(
         default_factory=lambda: ["asr"],
-        metadata={"help": "What is learnt from the clips: asr (read them), tts (speak them), or both: asr,tts."},
+        metadata={
+            "help": "What is learnt from the clips, one or several: asr (read them), tts (speak them), continuation (go on "
+            "with their beginning, SPECTRON), qa (answer spoken questions): asr,tts,continuation,qa."
+        },
     )
     task_weights: list[float] = field(
         default_factory=list,
@@ -141,6 +164,27 @@ class DataArguments:
         metadata={
             "help": "Share of the clips to be spoken (tts) that follow another of the same speaker: voice prompts work "
             "better for it. The data needs a column `speaker`."
+        },
+    )
+    prompt_seconds: list[float] = field(
+        default_factory=lambda: [3.0],
+        metadata={
+            "help": "For continuation: how much of each clip is its prompt; two numbers are a range. Clips without room for "
+            "the shortest and --min_continuation_seconds are left out."
+        },
+    )
+    prompt_fraction: list[float] = field(
+        default_factory=list,
+        metadata={"help": "For continuation: the same as a share of each clip, e.g. 0.4, or 0.3 0.5."},
+    )
+    min_continuation_seconds: float = field(
+        default=0.5, metadata={"help": "For continuation: what must remain of a clip behind its prompt."}
+    )
+    skip_text_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "For continuation and qa: share of the examples that are learnt without the text in between, so that "
+            "the model can also do without."
         },
     )
     group_by_length: bool = field(default=True, metadata={"help": "Batches of clips of similar length."})

@@ -1,6 +1,7 @@
 """Examples of audio and transcript to training batches, for reading and for speaking."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +144,10 @@ class TaskCollator:
     r"""The collator of each task, for examples that say which one they are for, all of a batch the same.
 
     Args:
-        collators (`dict`): By the `task` of an example, `"asr"` or `"tts"`.
+        collators (`dict`): By the `task` of an example: `"asr"`, `"tts"`, `"continuation"` or `"qa"`.
     """
 
-    collators: dict[str, TranscriptionCollator | SynthesisCollator]
+    collators: dict[str, Callable[[list[dict]], dict[str, Any]]]
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A batch as the task's collator makes it.

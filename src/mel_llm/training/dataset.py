@@ -1,6 +1,7 @@
 """Speech for the Trainer: decoded by soundfile when it is needed, bad clips skipped, reported and counted."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers.utils import logging
 from ..audio_utils_mel_llm import load_audio
 from .augmentation import SpeedPerturbation, example_seed
 from .conditions import RecordingConditions
+from .sources import SPEAKING_TASKS
 
 
 logger = logging.get_logger(__name__)
@@ -27,6 +29,15 @@ def load_clip(audio: dict, sampling_rate: int, offset: float | None, duration: f
     return load_audio(audio, sampling_rate=sampling_rate, offset=offset, duration=duration)
 
 
+def answer_of(row: dict[str, Any], sampling_rate: int) -> dict[str, Any]:
+    """What a spoken question's example has beside the question."""
+    spoken = row.get("answer_audio")
+    return {
+        "answer": row["answers"][0],
+        "answer_audio": None if spoken is None else load_audio(spoken, sampling_rate=sampling_rate),
+    }
+
+
 def _by_speaker(data) -> dict[str, list[int]]:
     """The clips of each speaker who has several, of those that are to be spoken."""
     names = data["speaker"] if "speaker" in data.column_names else []
@@ -41,15 +52,16 @@ def _by_speaker(data) -> dict[str, list[int]]:
 class SpeechDataset(torch.utils.data.Dataset):
     r"""Decoded examples of a dataset with the columns of `mel_llm.training.sources`.
 
-    `dataset[index]` is `{"audio": (samples,), "text": str}`, with `task` and `instruction` where the row has one; with `augment_seed` as
-    well when it is asked for with an epoch, `dataset[epoch, index]`, as [`SpeechSampler`] does. A clip that cannot be read is reported by name, once, and
-    the next one that can takes its place, so that a batch never shrinks and a run never stops because of it.
+    `dataset[index]` is `{"audio": (samples,), "text": str}`, with `task` and `instruction` where the row has one, and for the
+    task `qa` `answer` and `answer_audio` (None where nobody spoke it); with `augment_seed` as well when it is asked for with
+    an epoch, `dataset[epoch, index]`, as [`SpeechSampler`] does. A clip that cannot be read is reported by name, once, and
+    the next one of its task that can takes its place, so that a batch never shrinks and a run never stops because of it.
 
     Args:
         data: Rows with `audio`, `text` and perhaps `origin`, `speaker` and `task`.
         sampling_rate (`int`, defaults to 16000): Hz to decode to.
-        speed, conditions (*optional*): Change the clips that are asked for with an epoch, but for those of the task
-            `tts`, which learns voices and sound as they are: [`SpeedPerturbation`], [`RecordingConditions`].
+        speed, conditions (*optional*): Change the clips that are asked for with an epoch, but for those of the tasks
+            that learn voices and sound as they are, all but `asr`: [`SpeedPerturbation`], [`RecordingConditions`].
         seed (`int`, defaults to 0): Of the augmentation.
         voice_pairs (`float`, defaults to 0.0): Share of the clips to be spoken that follow another clip of the same
             speaker, in one example of at most `max_seconds`: so a model learns to go on in a voice that it is given.
@@ -75,6 +87,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if voice_pairs > 0 and not self.of_speaker:
             raise ValueError("`voice_pairs`: no speaker has two clips. The data needs a column that says who speaks.")
         self.data = data
+        self._tasks = np.asarray(data["task"]) if "task" in getattr(data, "column_names", ()) else None
         self.sampling_rate = sampling_rate
         self.changes = [change for change in (speed, conditions) if change is not None]
         self.seed = seed
@@ -89,8 +102,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside of {len(self)} clips")
         index %= len(self)
-        for attempt in range(min(len(self), _MAX_BAD_IN_A_ROW)):
-            place = (index + attempt) % len(self)
+        for place in itertools.islice(self._from(index), _MAX_BAD_IN_A_ROW):
             if self._bad[place]:
                 continue
             row = self.data[place]
@@ -104,6 +116,12 @@ class SpeechDataset(torch.utils.data.Dataset):
             "data before training goes on."
         )
 
+    def _from(self, index: int) -> Iterator[int]:
+        """A clip, and behind it all others of its task: a batch is of one."""
+        for place in itertools.chain(range(index, len(self)), range(index)):
+            if self._tasks is None or self._tasks[place] == self._tasks[index]:
+                yield place
+
     def _example(self, row: dict[str, Any], epoch: int | None, index: int) -> dict[str, Any]:
         audio = load_clip(row["audio"], self.sampling_rate, row.get("offset"), row.get("duration"))
         example = {"audio": audio, "text": row["text"]}
@@ -112,9 +130,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         task = row.get("task")
         if task is not None:
             example["task"] = task
+        if task == "qa":
+            example.update(answer_of(row, self.sampling_rate))
         if epoch is not None:
             example["augment_seed"] = example_seed(self.seed, epoch, index)
-            for change in self.changes if task != "tts" else ():
+            for change in self.changes if task not in SPEAKING_TASKS else ():
                 example["audio"] = change(example["audio"], self.sampling_rate, example["augment_seed"])
             if self.voice_pairs > 0 and task in (None, "tts"):
                 example = self._behind_another(example, row, index)
@@ -174,4 +194,4 @@ class SpeechDataset(torch.utils.data.Dataset):
         return [self.data[int(i)].get("origin") or str(int(i)) for i in torch.where(self._bad)[0]]
 
 
-__all__ = ["CLIP_ERRORS", "SpeechDataset", "load_clip"]
+__all__ = ["CLIP_ERRORS", "SpeechDataset", "answer_of", "load_clip"]

@@ -3,7 +3,8 @@
 Everything becomes a dataset of `datasets` with the columns `audio` (path and/or bytes, never decoded here), `text`,
 `duration` (seconds, or None where nobody wrote it down), `offset` (seconds into the file, where the clip is a part of one;
 else None), `speaker` (or None where nobody says), `instruction` (what is asked about the clip; None where its transcript
-is wanted) and `origin`, the name that messages give the clip. Local files are listed by this module because
+is wanted) and `origin`, the name that messages give the clip. Spoken questions have two more: `answers` (texts, of which the
+first is the one to learn) and `answer_audio`, as `audio`, or None. Local files are listed by this module because
 `load_dataset("audiofolder")` needs torchcodec even to list them.
 """
 
@@ -12,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -27,14 +29,17 @@ from ..audio_utils_mel_llm import AUDIO_EXTENSIONS
 
 logger = logging.get_logger(__name__)
 
-# Reading speech, and writing it
-TASKS = ("asr", "tts")
-AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav")
+# Reading speech, writing it, and SPECTRON's: going on with it, and answering it
+TASKS = ("asr", "tts", "continuation", "qa")
+# What is learnt there is how voices and rooms sound, which must be left as it is
+SPEAKING_TASKS = ("tts", "continuation", "qa")
+AUDIO_COLUMNS = ("audio", "audio_filepath", "file_name", "path", "file", "wav", "question_audio")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_transcription")
+ANSWER_COLUMNS = ("answer", "answers", "answer_text")
+ANSWER_AUDIO_COLUMNS = ("answer_audio", "answer_audio_filepath", "answer_file_name")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id", "voice")
-# Where clips are asked about: the question, and its answer in the place of the transcript
+# What is asked about a clip; its answer then is in the place of the transcript
 INSTRUCTION_COLUMNS = ("instruction", "question")
-ANSWER_COLUMNS = ("answer", "label")
 COLUMNS = ("audio", "text", "duration", "offset", "speaker", "instruction", "origin")
 
 _METADATA_FILES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
@@ -63,12 +68,19 @@ class SpeechSource:
         weight (`float`, *optional*): Share of the examples that come from here, relative to the other sources.
         streaming (`bool`, defaults to `False`): Read a dataset of the Hub while it is downloaded.
         audio_column, text_column, speaker_column (`str`, *optional*): Found by their usual names when not given.
-        instruction_column (`str`, *optional*): What is asked about each clip; `text_column` then holds the answers. Found
-            by itself in data with a column `instruction` or `question`, one of answers, and none of transcripts.
+        instruction_column (`str`, *optional*): What is asked in writing about each clip; `text_column` then holds the
+            answers. Found by itself in data with a column `instruction` or `question`, one of answers, and none of
+            transcripts, unless the clips are spoken questions.
         instruction (`str`, *optional*): The same for all clips. Without either, the transcript is wanted.
+        answer_column, answer_audio_column (`str`, *optional*): For clips that are spoken questions, whose own columns are
+            those for audio and text; found by their usual names too, `answer` and `answer_audio`. Data whose only text is
+            a column `question` holds spoken questions if one of these is named, it has recordings of answers or
+            `question_audio`, or `task=qa`.
         exclude (`str`, *optional*): `COLUMN:PATTERN`; rows whose column matches the shell pattern are left out.
         revision (`str`, *optional*): Revision of a dataset of the Hub.
-        task (`str`, *optional*): The one task that it is for, `asr` or `tts`; by default every task of the run.
+        task (`str`, *optional*): The one task that it is for, `asr`, `tts`, `continuation` or `qa`. By default every
+            task of the run that it can serve: `qa` where there are answers, and where not, or where `qa` is not learnt,
+            all others.
         fraction (`float`, *optional*), hours (`float`, *optional*): Only this share of its usable clips, or clips of about
             so many hours. Which ones is decided by their names and texts, so a smaller part lies within a larger one, on
             any machine and for any seed.
@@ -87,6 +99,8 @@ class SpeechSource:
     speaker_column: str | None = None
     instruction_column: str | None = None
     instruction: str | None = None
+    answer_column: str | None = None
+    answer_audio_column: str | None = None
     exclude: str | None = None
     revision: str | None = None
     task: str | None = None
@@ -195,7 +209,7 @@ def _load_local(source: SpeechSource, path: Path, split: str, needs_text: bool):
 
         files = {split: [str(file) for file in parquet]}
         return load_dataset("parquet", data_files=files, split=split, streaming=source.streaming)
-    rows = list(_local_rows(path, split, needs_text))
+    rows = list(_local_rows(path, split, needs_text, source))
     if not rows:
         raise ValueError(f"{path}: no clips{' with transcripts' if needs_text else ''} found.")
     columns = {key: None for row in rows for key in row}  # in their order
@@ -215,18 +229,18 @@ def _parquet_files(path: Path, split: str) -> list[Path]:
     return of_split or files
 
 
-def _local_rows(path: Path, split: str, needs_text: bool) -> Iterator[dict[str, Any]]:
+def _local_rows(path: Path, split: str, needs_text: bool, source: SpeechSource) -> Iterator[dict[str, Any]]:
     """Rows of strings, the audio column being an absolute path."""
     path = Path(os.path.abspath(path))
     if path.is_file():
         if path.suffix not in _MANIFESTS:
             raise ValueError(f"{path} is no manifest: it must end in {', '.join(_MANIFESTS)}.")
-        yield from _read_metadata(path)
+        yield from _read_metadata(path, source)
         return
     folder = _split_folder(path, split)
     metadata = [folder / name for name in _METADATA_FILES if (folder / name).is_file()]
     if metadata:
-        yield from _read_metadata(metadata[0])
+        yield from _read_metadata(metadata[0], source)
         return
     for file in sorted(folder.rglob("*")):
         transcript = file.with_suffix(".txt")
@@ -250,10 +264,16 @@ def _split_folder(path: Path, split: str) -> Path:
     return path
 
 
-def _read_metadata(path: Path) -> Iterator[dict[str, Any]]:
+def _as_string(cell: Any) -> str | None:
+    """A list as JSON, which `read_answers` reads again."""
+    return None if cell is None else json.dumps(cell) if isinstance(cell, list) else str(cell)
+
+
+def _read_metadata(path: Path, source: SpeechSource) -> Iterator[dict[str, Any]]:
     """Rows of strings. Read as text: a reader that guesses types makes a number of the transcript "42" and nothing of
-    "NA"."""
-    audio = None
+    "NA". Files are named relative to the table."""
+    audio = source.audio_column
+    answer_audio = ANSWER_AUDIO_COLUMNS if source.answer_audio_column is None else (source.answer_audio_column,)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(read_rows(file, path), start=1):
@@ -267,8 +287,9 @@ def _read_metadata(path: Path) -> Iterator[dict[str, Any]]:
                     raise ValueError(
                         f"{path}, row {number}: no file is named in {columns}. The row has {', '.join(map(str, row))}."
                     )
-                strings = {key: None if cell is None else str(cell) for key, cell in row.items()}
-                yield {**strings, audio: str(path.parent / str(value))}
+                strings = {key: _as_string(cell) for key, cell in row.items()}
+                spoken = {key: str(path.parent / str(row[key])) for key in answer_audio if row.get(key)}
+                yield {**strings, **spoken, audio: str(path.parent / str(value))}
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not written in UTF-8: {error}") from None
 
@@ -342,29 +363,33 @@ def _standardise(
     text_columns: Sequence[str] | None = None,
     keep: Sequence[str] = (),
 ):
-    from datasets import Audio, ClassLabel, Features, Value
+    from datasets import Audio, ClassLabel, Features, List, Value
 
     names = dataset.column_names
     if names is None:  # a stream whose features nobody declared
         names = list(next(iter(dataset)))
     audio = _find_column(source, names, "audio_column", AUDIO_COLUMNS)
+    is_spoken = _is_spoken_question(source, names)
     instruction = source.instruction_column
     if instruction is not None:
         _find_column(source, names, "instruction_column", ())
-    elif source.instruction is None:
+    elif source.instruction is None and not is_spoken:
         # Data with transcripts beside its questions is read for them, unless answers are asked for or columns named
         has_answers = source.text_column is None and set(TEXT_COLUMNS).isdisjoint(names)
-        has_answers = has_answers and not set(ANSWER_COLUMNS).isdisjoint(names)
+        has_answers = has_answers and not {*ANSWER_COLUMNS, "label"}.isdisjoint(names)
         if has_answers or text_columns is not None:
             instruction = next((name for name in INSTRUCTION_COLUMNS if name in names), None)
+    is_asked = instruction is not None or source.instruction is not None
     if text_columns is None:
-        text_columns = TEXT_COLUMNS if instruction is None and source.instruction is None else ANSWER_COLUMNS
+        text_columns = (*ANSWER_COLUMNS, "label") if is_asked else (*TEXT_COLUMNS, "question")
     has_text = needs_text or source.text_column is not None or not set(text_columns).isdisjoint(names)
     text = _find_column(source, names, "text_column", tuple(text_columns)) if has_text else None
+    answer, answer_audio = (None, None) if is_asked else _answer_columns(source, names)
     has_speaker = source.speaker_column is not None or not set(SPEAKER_COLUMNS).isdisjoint(names)
     speaker = _find_column(source, names, "speaker_column", SPEAKER_COLUMNS) if has_speaker else None
-    if isinstance((dataset.features or {}).get(audio), Audio):
-        dataset = dataset.cast_column(audio, Audio(decode=False))
+    for name in (audio, answer_audio):
+        if name is not None and isinstance((dataset.features or {}).get(name), Audio):
+            dataset = dataset.cast_column(name, Audio(decode=False))
     if source.exclude is not None:
         column, pattern = source.exclude.split(":", 1)
         if column not in names:
@@ -374,15 +399,18 @@ def _standardise(
             logger.warning(f"{source.place}: `exclude={source.exclude}` matches no row.")
         dataset = kept
 
+    file = {"bytes": Value("binary"), "path": Value("string")}
+    answers = {} if answer is None else {"answers": List(Value("string")), "answer_audio": file}
     features = Features(
         {
-            "audio": {"bytes": Value("binary"), "path": Value("string")},
+            "audio": file,
             "text": Value("string"),
             "duration": Value("float64"),
             "offset": Value("float64"),
             "speaker": Value("string"),
             "instruction": Value("string"),
             "origin": Value("string"),
+            **answers,
         }
     )
     declared = dataset.features or {}
@@ -399,6 +427,8 @@ def _standardise(
         source.instruction,
         tuple(label.names) if isinstance(label, ClassLabel) else (),
         kept,
+        answer,
+        answer_audio,
     )
     kwargs: dict[str, Any] = {"with_indices": True, "remove_columns": list(names), "features": features}
     if not source.streaming:
@@ -421,6 +451,22 @@ def _find_column(source: SpeechSource, names: list[str], option: str, usual: tup
     return found
 
 
+def _is_spoken_question(source: SpeechSource, names: list[str]) -> bool:
+    """Whether the clips are questions themselves, where a column `question` could also ask about them."""
+    named = source.task == "qa" or source.answer_column is not None or source.answer_audio_column is not None
+    return named or not {"question_audio", *ANSWER_AUDIO_COLUMNS}.isdisjoint(names)
+
+
+def _answer_columns(source: SpeechSource, names: list[str]) -> tuple[str | None, str | None]:
+    """The columns of the answers' texts and of their recordings; `None` where there are none."""
+    wants = source.task == "qa" or source.answer_column is not None or source.answer_audio_column is not None
+    if not wants and set(ANSWER_COLUMNS).isdisjoint(names):
+        return None, None
+    text = _find_column(source, names, "answer_column", ANSWER_COLUMNS)
+    has_audio = source.answer_audio_column is not None or not set(ANSWER_AUDIO_COLUMNS).isdisjoint(names)
+    return text, _find_column(source, names, "answer_audio_column", ANSWER_AUDIO_COLUMNS) if has_audio else None
+
+
 # Classes and not closures, so that `datasets` can tell by their content whether its cache still holds.
 @dataclass
 class _NotMatching:
@@ -441,32 +487,65 @@ class _ToColumns:
     instruction: str | None = None
     label_names: tuple[str, ...] = ()  # of a class label, which is kept as a number
     kept: tuple[str, ...] = ()
+    answer: str | None = None
+    answer_audio: str | None = None
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        audio, text = row[self.audio], None if self.text is None else row[self.text]
-        if isinstance(audio, str):
-            audio = {"bytes": None, "path": audio}
-        elif audio.get("array") is not None:
-            audio = {"bytes": _wav_bytes(audio["array"], audio["sampling_rate"]), "path": audio.get("path")}
+        audio, text = _as_file(row[self.audio]), None if self.text is None else row[self.text]
         if self.label_names and isinstance(text, int):
             text = self.label_names[text] if 0 <= text < len(self.label_names) else None
         if isinstance(text, list):  # answers any of which is right
             text = "|".join(map(str, text))
-        text = "" if text is None else str(text)
         instruction = self.instruction if self.instruction_column is None else row[self.instruction_column]
         speaker = None if self.speaker is None else row[self.speaker]
         name = audio.get("path") or f"row {index}"
         return {
             **{name: row[name] for name in self.kept},
-            "audio": {"bytes": audio.get("bytes"), "path": audio.get("path")},
-            "text": text if self.text_normalizer is None else self.text_normalizer(text),
+            "audio": audio,
+            "text": self._written(text),
             "duration": _seconds(row.get("duration")),
             "offset": _seconds(row.get("offset")),
             # A name means somebody only within its source
             "speaker": None if speaker in (None, "") else f"{self.place}: {speaker}",
             "instruction": str(instruction).strip() or None if instruction is not None else None,
             "origin": name if os.path.isabs(name) else f"{self.place}: {name}",
+            **({} if self.answer is None else self._answers(row)),
         }
+
+    def _written(self, text: Any) -> str:
+        text = "" if text is None else str(text)
+        return text if self.text_normalizer is None else self.text_normalizer(text)
+
+    def _answers(self, row: dict[str, Any]) -> dict[str, Any]:
+        answers = read_answers(row[self.answer])
+        audio = None if self.answer_audio is None else row[self.answer_audio]
+        return {
+            "answers": [self._written(answer) for answer in answers],
+            "answer_audio": None if audio in (None, "") else _as_file(audio),
+        }
+
+
+def _as_file(audio: Any) -> dict[str, Any]:
+    """What a cell says of a recording, as `{"bytes", "path"}`."""
+    if isinstance(audio, str):
+        return {"bytes": None, "path": audio}
+    if audio.get("array") is not None:
+        return {"bytes": _wav_bytes(audio["array"], audio["sampling_rate"]), "path": audio.get("path")}
+    return {"bytes": audio.get("bytes"), "path": audio.get("path")}
+
+
+def read_answers(cell: Any) -> list[str]:
+    """The answers that a cell holds: one text; a list, also one written in JSON, as the text files of this module hand
+    it over; or the `(list (description "..."))` of WebQuestions' own files. Empty ones are left out."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        try:
+            cell = json.loads(cell)
+        except json.JSONDecodeError:
+            pass
+    if isinstance(cell, str) and cell.startswith("(list"):
+        cell = [quoted or bare for quoted, bare in re.findall(r'\(description (?:"([^"]*)"|([^()]*))\)', cell)]
+    cells = cell if isinstance(cell, (list, tuple)) else [cell]
+    return [str(answer).strip() for answer in cells if answer is not None and str(answer).strip()]
 
 
 def _seconds(value: Any) -> float | None:
@@ -486,4 +565,14 @@ def _wav_bytes(samples: Any, sampling_rate: int) -> bytes:
     return file.getvalue()
 
 
-__all__ = ["ANSWER_COLUMNS", "AUDIO_COLUMNS", "COLUMNS", "TEXT_COLUMNS", "SpeechSource", "load_source"]
+__all__ = [
+    "ANSWER_COLUMNS",
+    "AUDIO_COLUMNS",
+    "COLUMNS",
+    "SPEAKING_TASKS",
+    "TASKS",
+    "TEXT_COLUMNS",
+    "SpeechSource",
+    "load_source",
+    "read_answers",
+]

@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from .augmentation import SpeedPerturbation, example_seed
 from .conditions import RecordingConditions
-from .dataset import CLIP_ERRORS, load_clip
+from .dataset import CLIP_ERRORS, answer_of, load_clip
+from .sources import SPEAKING_TASKS
 from .token_budget import TokenCounter, batch_tokens
 
 
@@ -48,7 +49,7 @@ class SpeechStream(torch.utils.data.IterableDataset):
         max_tokens (`int`, *optional*): A budget for each batch in place of `batch_size`; clips come in their order, and
             one beyond the budget is left out. Needs `counter`.
         counter ([`TokenCounter`], *optional*): Counts the tokens.
-        task (`str`, defaults to `"asr"`): What the clips are for, `"asr"` or `"tts"`.
+        task (`str`, defaults to `"asr"`): What the clips are for, one of `TASKS`. `qa` needs answers, and gives them; the limits are the questions'.
         settings (`dict`, *optional*): What else must be the same for a run to go on with its place in the stream.
 
     Attributes:
@@ -175,11 +176,12 @@ class SpeechStream(torch.utils.data.IterableDataset):
     def _example(self, row: dict[str, Any], num_pass: int | None) -> dict[str, Any] | None:
         """A decoded example, augmented if there is a pass; or None, which is counted."""
         text, origin = row["text"], row["origin"]
-        if not text:
+        if not text or (self.task == "qa" and not row.get("answers")):
             self.counts[1] += 1
             return None
         try:
             waveform = load_clip(row["audio"], self.sampling_rate, row["offset"], row["duration"])
+            answer = answer_of(row, self.sampling_rate) if self.task == "qa" else {}
         except CLIP_ERRORS as error:
             self.counts[0] += 1
             logger.warning(f"Skipped a clip that cannot be read: {origin}: {error}")
@@ -187,13 +189,13 @@ class SpeechStream(torch.utils.data.IterableDataset):
         if not self.min_seconds * self.sampling_rate <= len(waveform) <= self.max_seconds * self.sampling_rate:
             self.counts[1] += 1
             return None
-        example = {"audio": waveform, "text": text}
+        example = {"audio": waveform, "text": text, **answer}
         if row["instruction"] is not None:
             example["instruction"] = row["instruction"]
         if num_pass is not None:
             # By content: the place in a stream depends on the worker that reads it
             example["augment_seed"] = example_seed(self.seed, num_pass, zlib.crc32(f"{origin}\0{text}".encode()))
-            for change in self.changes:
+            for change in self.changes if self.task not in SPEAKING_TASKS else ():
                 waveform = change(waveform, self.sampling_rate, example["augment_seed"])
             example["audio"] = np.asarray(waveform, dtype=np.float32)
         return example

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..model_card import CARD, create_model_card
 from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
+from ..modeling_mel_llm_continuation import MelLLMForSpeechContinuation
 from ..modeling_mel_llm_speech import MelLLMSpeechOutput
 from ..sharing_mel_llm import PROCESSOR_FILES, WEIGHT_FILES, prepare_repo, push_folder
 from ..speech_heads_mel_llm import MelLLMSpeechHead
@@ -66,9 +67,9 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     The stock trainers train a Mel-LLM too; this one adds mixing by weight and by task, grouping by length, augmentation
     that a resumed run repeats exactly, and in the log the count of clips that could not be read (`bad_clips`) and the
-    terms of the losses (`asr_loss`, `tts_loss`, `tts_kl`, ...).
+    terms of the losses (`asr_loss`, `tts_loss`, `tts_kl`, `continuation_text`, ...).
 
-    In evaluation, clips that are to be spoken give a loss alone, always with the same noise.
+    In evaluation, clips that are to be spoken, gone on with or answered give a loss alone, always with the same noise.
 
     A [`SpeechStream`] as `train_dataset` makes its own batches, and each checkpoint says where in it the run was.
 
@@ -158,7 +159,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             self.meter.add(inputs)
-            self._terms.add(_terms_of(outputs), weight)
+            self._terms.add(_terms_of(outputs, inputs), weight)
             if isinstance(self.data_collator, TaskCollator) and not _is_spoken(inputs):
                 self._terms.add({"asr_loss": loss.detach()}, weight)
         return (loss, outputs) if return_outputs else loss
@@ -168,6 +169,9 @@ class SpeechTrainer(Seq2SeqTrainer):
         if not _is_spoken(inputs):
             if "input_ids" in inputs and inputs.get("labels") is not None:
                 return self._answer_step(model, inputs, prediction_loss_only, ignore_keys, gen_kwargs)
+            if any(isinstance(module, MelLLMForSpeechContinuation) for module in model.modules()):
+                # It would go on with what it hears
+                gen_kwargs = {**(gen_kwargs or getattr(self, "_gen_kwargs", {})), "task": "transcribe"}
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -194,7 +198,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         terms = _Means()
         # The stock trainer keeps nothing but the loss
         hook = self.model.register_forward_hook(
-            lambda module, args, kwargs, outputs: terms.add(_terms_of(outputs), _weight(kwargs)), with_kwargs=True
+            lambda module, args, kwargs, outputs: terms.add(_terms_of(outputs, kwargs), _weight(kwargs)),
+            with_kwargs=True,
         )
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -301,7 +306,7 @@ def resume_stream(stream: SpeechStream, folder: str | os.PathLike, args: Trainin
 
 def _is_spoken(inputs: dict[str, Any]) -> bool:
     labels = inputs.get("labels")
-    return labels is not None and labels.is_floating_point()
+    return "spectrogram_labels" in inputs or (labels is not None and labels.is_floating_point())
 
 
 def _prompts_of(inputs: dict[str, Any], pad_token_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,10 +320,12 @@ def _prompts_of(inputs: dict[str, Any], pad_token_id: int | None) -> tuple[torch
     return pad_sequence(rows, padding_value=pad_token_id or 0, **pad), masks
 
 
-def _terms_of(outputs) -> dict[str, torch.Tensor]:
+def _terms_of(outputs, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The terms of a loss, by the names that they have in the log."""
     terms = outputs.get("losses") if isinstance(outputs, dict) else None
     task = "tts" if isinstance(outputs, MelLLMSpeechOutput) else "asr"
+    if "spectrogram_labels" in inputs:
+        task = inputs.get("task", "continuation")
     return {f"{task}_{name}": value for name, value in (terms or {}).items()}
 
 
