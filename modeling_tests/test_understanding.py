@@ -1,11 +1,13 @@
 """Questions about recordings: training on them, asking them, and counting the right answers."""
 
+import copy
 import csv
 import json
 
 import pytest
 import soundfile
 import torch
+import transformers
 from conftest import ROOT
 from test_evaluate_asr_script import Listener, load_script, words
 from test_registration import run
@@ -300,6 +302,42 @@ def test_functions_and_choices_in_the_data(script, sounds, tmp_path, monkeypatch
     table = (tmp_path / "out" / "results.md").read_text()
     assert "| judge.answer | voices.csv | 4 | 75.0 (30.1–95.4) | 50.0 | 75.0 | 0.0 | 0.0 |" in table
     assert "| judge.answer | voices.csv | alto | 1 | 0.0 (0.0–79.3) |" in table
+
+
+def test_other_models_answer_through_their_templates(tokenizer, speech_clips, tmp_path):
+    """A tiny Qwen2-Audio with random weights: the same alone and in a batch."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"], special_tokens=True)
+    template = (
+        "{% for message in messages %}{{ message.role }}: {% for part in message.content %}{% if part.type == 'audio' %}"
+        "<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}"
+    )
+    extractor = transformers.WhisperFeatureExtractor()
+    transformers.Qwen2AudioProcessor(extractor, tokenizer, chat_template=template).save_pretrained(tmp_path)
+    transformers.set_seed(0)
+    audio = {
+        "num_mel_bins": 80,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "d_model": 16,
+    }
+    text = {"model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.5}
+    config = transformers.Qwen2AudioConfig(
+        audio_config={"model_type": "qwen2_audio_encoder", **audio},
+        text_config=text,
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    model = transformers.Qwen2AudioForConditionalGeneration(config)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(tmp_path)
+    answerer = make_answerer(str(tmp_path), generate_kwargs={"max_new_tokens": 6}, system_prompt="Be brief.")
+    answerer.load()
+    clips, prompts = [clip["array"] for clip in speech_clips[:2]], ["Who speaks, and how does she feel?", "Who?"]
+    together = answerer.run(clips, prompts)
+    alone = [answerer.run([clip], [prompt])[0] for clip, prompt in zip(clips, prompts, strict=True)]
+    assert together == alone and any(together)
 
 
 @pytest.mark.parametrize(
