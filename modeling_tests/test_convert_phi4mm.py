@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -423,6 +424,20 @@ def test_shards_dtype_and_untied_embeddings(converter, phi4_words, tmp_path):
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
     statistics = model.get_base_model().model.embed_tokens_extend.audio_embed.encoder.encoder_embedding
     assert torch.equal(loaded.model.audio_embedder.normalizer.global_mean, statistics.global_mean)
+
+
+def test_one_shard_is_in_memory_at_a_time(converter, checkpoints, tmp_path, monkeypatch):
+    previous, sizes, save = [], [], mel_llm.conversion.phi4mm.save_file
+
+    def watched(tensors, path, **kwargs):
+        assert not any(reference() is not None for reference in previous)
+        previous[:] = [weakref.ref(tensor) for tensor in tensors.values()]
+        sizes.append((len(tensors), sum(tensor.nbytes for tensor in tensors.values())))
+        save(tensors, path, **kwargs)
+
+    monkeypatch.setattr("mel_llm.conversion.phi4mm.save_file", watched)
+    convert(converter, checkpoints.original, tmp_path / "out", "--max_shard_size", "100KB")
+    assert len(sizes) > 3 and all(number == 1 or size <= 100_000 for number, size in sizes)
 
 
 def test_parts_that_are_made_anew(converter, checkpoints, tmp_path):
