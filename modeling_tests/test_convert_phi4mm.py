@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from hub_client import Client, ClientError
+from hub_server import HubServer
 from peft import PeftModel, get_peft_model
 from phi4mm_checkpoints import (
     LORA_TARGETS,
@@ -376,6 +379,35 @@ def test_dry_run_lists_every_weight_and_writes_nothing(converter, checkpoints, t
     assert sorted(checkpoints.original.iterdir()) == before and not list(tmp_path.iterdir())
 
 
+def test_a_model_of_the_hub(converter, checkpoints, tmp_path, capsys):
+    """A dry run reads the first bytes of the weights only; a conversion leaves out what it has no use for."""
+    (tmp_path / "home").mkdir()
+    with HubServer() as hub, Client(tmp_path / "home", hub.endpoint) as client:
+        client(f"import sys\nsys.path.insert(0, {str(ROOT / 'scripts')!r})\nimport convert_phi4mm")
+        for layout in LAYOUTS:
+            root = getattr(checkpoints, layout)
+            files = {
+                path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+            }
+            hub.put(f"alice/{layout}", {**files, "vision-lora/adapter_model.safetensors": b"x", "code.py": b"x"})
+            client(f"convert_phi4mm.main(['alice/{layout}', '--dry-run'])")
+            converter.main([str(root), "--dry-run"])
+            listed = capsys.readouterr().out
+            assert listed in client.output and "merged into" in listed
+        snapshots = [path.name for path in (tmp_path / "home").rglob("*") if "snapshots" in path.parts]
+        assert "config.json" in snapshots and not any(name.endswith(".safetensors") for name in snapshots)
+        client("convert_phi4mm.main(['alice/transformers', '--output_dir', folder])", folder=str(tmp_path / "out"))
+        asked = " ".join(path for _, path, _ in hub.requests)
+        assert "model.safetensors" in asked and "vision-lora/adapter_model" not in asked and "code.py" not in asked
+
+        del files["model-00002-of-00003.safetensors"]
+        hub.put("alice/cut", files)
+        for more in (["--dry-run"], ["--output_dir", str(tmp_path / "cut")]):
+            with pytest.raises(ClientError, match="names model-00002-of-00003.safetensors, which is not there"):
+                client(f"convert_phi4mm.main(['alice/cut', *{more}])")
+    assert AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out").config.model_type == "mel_llm"
+
+
 def test_shards_dtype_and_untied_embeddings(converter, phi4_words, tmp_path):
     model = add_speech_lora(tiny_model(phi4_words, tie_word_embeddings=False))
     source = save_transformers(model, phi4_words, tmp_path / "source")
@@ -392,6 +424,20 @@ def test_shards_dtype_and_untied_embeddings(converter, phi4_words, tmp_path):
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
     statistics = model.get_base_model().model.embed_tokens_extend.audio_embed.encoder.encoder_embedding
     assert torch.equal(loaded.model.audio_embedder.normalizer.global_mean, statistics.global_mean)
+
+
+def test_one_shard_is_in_memory_at_a_time(converter, checkpoints, tmp_path, monkeypatch):
+    previous, sizes, save = [], [], mel_llm.conversion.phi4mm.save_file
+
+    def watched(tensors, path, **kwargs):
+        assert not any(reference() is not None for reference in previous)
+        previous[:] = [weakref.ref(tensor) for tensor in tensors.values()]
+        sizes.append((len(tensors), sum(tensor.nbytes for tensor in tensors.values())))
+        save(tensors, path, **kwargs)
+
+    monkeypatch.setattr("mel_llm.conversion.phi4mm.save_file", watched)
+    convert(converter, checkpoints.original, tmp_path / "out", "--max_shard_size", "100KB")
+    assert len(sizes) > 3 and all(number == 1 or size <= 100_000 for number, size in sizes)
 
 
 def test_parts_that_are_made_anew(converter, checkpoints, tmp_path):
@@ -609,15 +655,15 @@ convert_phi4mm.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("speech_lora", ["merge", "adapter"])
-def test_a_killed_conversion_leaves_nothing_that_loads(converter, checkpoints, tmp_path, speech_lora):
-    arguments = [str(checkpoints.original), "--output_dir", str(tmp_path / "out"), "--speech_lora", speech_lora]
-    path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "src")])
-    died = subprocess.run([sys.executable, "-c", KILLED, "1", *arguments], env={**os.environ, "PYTHONPATH": path})
+def test_a_killed_conversion_leaves_nothing_that_loads(converter, checkpoints, tmp_path):
+    """At the worst moment: all weights are there, those of the adapter and those of its base."""
+    arguments = [str(checkpoints.original), "--output_dir", str(tmp_path / "out"), "--speech_lora", "adapter"]
+    path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    died = subprocess.run([sys.executable, "-c", KILLED, "2", *arguments], env={**os.environ, "PYTHONPATH": path})
     assert died.returncode == 9
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     for place in (tmp_path / ".out.partial", tmp_path / ".out.partial" / "base"):
-        assert not (place / "config.json").exists() and not (place / "adapter_config.json").exists()
+        assert [path.suffix for path in place.iterdir() if path.is_file()] == [".safetensors"]
         with pytest.raises((OSError, ValueError)):
             AutoModelForSpeechSeq2Seq.from_pretrained(place)
     converter.main(arguments)

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from mel_llm.conversion import build_processor, check_new_folder, open_source, plan_conversion, write_conversion
 from mel_llm.conversion.phi4mm import ENCODERS, LORA_WAYS, PARTS
-from mel_llm.conversion.phi4mm_source import HUB_FILES, HUB_IGNORED
+from mel_llm.conversion.phi4mm_source import HUB_FILES, HUB_IGNORED, hub_tensors
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -51,18 +51,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def find_folder(model: str, revision: str | None) -> Path:
-    """The folder of a checkpoint, downloaded if it is on the Hub.
+def find_folder(model: str, revision: str | None, weights: bool = True) -> Path:
+    """The folder of a checkpoint, downloaded if it is on the Hub, with its weights or without.
 
     Raises:
         OSError: It is neither here nor there.
     """
     if os.path.isdir(model):
         return Path(model)
+    ignored = [*HUB_IGNORED, *([] if weights else ["*.safetensors"])]
     try:
-        path = snapshot_download(
-            model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED)
-        )
+        path = snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=ignored)
     except HFValidationError:
         raise FileNotFoundError(f"{model} is neither a folder nor a name on the Hub.") from None
     return Path(path)
@@ -73,7 +72,11 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity_error()  # of the library, about configs that were written so
     if arguments.output_dir is not None:
         check_new_folder(arguments.output_dir)
-    source = open_source(find_folder(arguments.model, arguments.revision), arguments.adapter_dir)
+    place = find_folder(arguments.model, arguments.revision, weights=not arguments.dry_run)
+    remote = None  # a dry run needs no more than the first bytes of each file
+    if arguments.dry_run and not os.path.isdir(arguments.model):
+        remote = hub_tensors(arguments.model, arguments.revision, place)
+    source = open_source(place, arguments.adapter_dir, remote)
     processor = build_processor(source)
     plan = plan_conversion(
         source,

@@ -533,9 +533,8 @@ def find_adapters(model_args: ModelArguments) -> tuple[str | None, ModelArgument
             "again, with --merge_lora."
         )
     preset = LORA_PRESETS.get(model_args.lora, {})
-    for key in ("r", "lora_alpha"):
-        asked = getattr(model_args, f"lora_{key.removeprefix('lora_')}") or preset.get(key)
-        if before[key] != asked:
+    for key, given in (("r", model_args.lora_r), ("lora_alpha", model_args.lora_alpha)):
+        if before[key] != (asked := given or preset.get(key)):
             raise ValueError(f"--model_name_or_path: {name} has adapters with {key} {before[key]}, not {asked}.")
     base = path.with_name("base")  # beside them, unless the folder was moved without it
     place = str(base) if base.is_dir() else before["base_model_name_or_path"]

@@ -329,8 +329,8 @@ def _read_weight(plan: ConversionPlan, read: TensorReader, name: str, fresh: dic
     value = fresh[name] if stored is None else read(stored)
     if name in plan.factors and plan.speech_lora == "merge":
         pair = plan.factors[name]
-        change = read(pair["B"]).float() @ read(pair["A"]).float()
-        value = value.float() + plan.source.lora.scaling * change
+        factors = (read(pair[factor]).float() for factor in "BA")
+        value = torch.addmm(value.float(), *factors, alpha=plan.source.lora.scaling)
     _check_finite(value := value.to(dtype), name, plan)
     return value.contiguous()
 
@@ -348,6 +348,7 @@ def _write_weights(plan: ConversionPlan, read: TensorReader, folder: Path, max_s
         shard = {name: _read_weight(plan, read, name, fresh) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         del shard
+        read.close()  # else all files would be mapped in the end
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -2,12 +2,15 @@
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import parse_safetensors_file_metadata
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from transformers import Phi4MultimodalConfig
 
@@ -21,6 +24,7 @@ ADAPTER_FOLDER = "speech-lora"
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.safetensors")
 HUB_IGNORED = ("vision-lora/*",)
 
+Tensors = dict[str, "StoredTensor"]
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -67,12 +71,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_source(folder: Path, adapter_dir: Path | None = None) -> Phi4MMSource:
+def open_source(
+    folder: Path, adapter_dir: Path | None = None, read_tensors: Callable[[Path, str], Tensors | None] | None = None
+) -> Phi4MMSource:
     """Looks at a checkpoint; reads headers only.
 
     Args:
         folder: With `config.json` and weights in safetensors, in one file or in shards with an index.
         adapter_dir: The speech LoRA as PEFT saves one. By default that in the weights, else in `speech-lora`.
+        read_tensors: Where weights are looked up, for those that are not on this machine: [`hub_tensors`].
 
     Raises:
         FileNotFoundError: A file is not there.
@@ -83,7 +90,8 @@ def open_source(folder: Path, adapter_dir: Path | None = None) -> Phi4MMSource:
     path = folder / "config.json"
     fields = read_json(path)
     config = read_config(fields, str(path))
-    tensors = _read_tensors(folder, "model")
+    read_tensors = read_tensors or _read_tensors
+    tensors = read_tensors(folder, "model")
     if tensors is None:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         hint = f": only pickled ones ({pickled[0]}), which are not read" if pickled else ""
@@ -95,7 +103,7 @@ def open_source(folder: Path, adapter_dir: Path | None = None) -> Phi4MMSource:
     if adapter_dir is None and not inside and (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         adapter_dir = folder / ADAPTER_FOLDER
     if adapter_dir is not None:
-        lora, factors = _read_adapter(adapter_dir)
+        lora, factors = _read_adapter(adapter_dir, read_tensors)
         replaced = {name: tensors.pop(name) for name in inside}
         tensors.update(factors)
     elif inside:
@@ -103,23 +111,54 @@ def open_source(folder: Path, adapter_dir: Path | None = None) -> Phi4MMSource:
     return Phi4MMSource(folder, fields, config, tensors, lora, replaced)
 
 
-def _read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor] | None:
+def _stored(file: Path, name: str, dtype: str, shape: Sequence[int]) -> StoredTensor:
+    if dtype not in _DTYPES:
+        raise ValueError(f"{file.name} has {name} in {dtype}; quantized weights are not converted.")
+    return StoredTensor(file, name, _DTYPES[dtype], tuple(shape))
+
+
+def _read_tensors(folder: Path, stem: str) -> Tensors | None:
     try:
         weights = read_weights(folder, stem)
         if weights is None:
             return None
-        tensors = {}
-        for file in weights.files:
-            for name, entry in read_header(folder / file).items():
-                if entry["dtype"] not in _DTYPES:
-                    raise ValueError(f"{file} has {name} in {entry['dtype']}; quantized weights are not converted.")
-                tensors[name] = StoredTensor(folder / file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        return {
+            name: _stored(folder / file, name, entry["dtype"], entry["shape"])
+            for file in weights.files
+            for name, entry in read_header(folder / file).items()
+        }
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder}: {error}") from None
-    return tensors
 
 
-def _read_adapter(folder: Path) -> tuple[LoraSettings, dict[str, StoredTensor]]:
+def hub_tensors(repo: str, revision: str | None, root: Path) -> Callable[[Path, str], Tensors | None]:
+    """Looks weights up on the Hub, in the first bytes of the files that belong into `root` and its folders."""
+
+    def read(folder: Path, stem: str) -> Tensors | None:
+        index = folder / f"{stem}.safetensors.index.json"
+        files = [f"{stem}.safetensors"]
+        if index.is_file():
+            try:
+                files = sorted(set(read_json(index)["weight_map"].values()))
+            except (KeyError, AttributeError, TypeError):
+                raise ValueError(f"{repo}: {index.name} is not an index of weights.") from None
+        tensors = {}
+        for file in files:
+            path = folder / file
+            try:
+                metadata = parse_safetensors_file_metadata(repo, path.relative_to(root).as_posix(), revision=revision)
+            except EntryNotFoundError:
+                if not index.is_file():
+                    return None
+                raise ValueError(f"{repo}: {index.name} names {file}, which is not there.") from None
+            for name, entry in metadata.tensors.items():
+                tensors[name] = _stored(path, name, entry.dtype, entry.shape)
+        return tensors
+
+    return read
+
+
+def _read_adapter(folder: Path, read_tensors: Callable[[Path, str], Tensors | None]) -> tuple[LoraSettings, Tensors]:
     fields = read_json(folder / "adapter_config.json")
     where = folder / "adapter_config.json"
     unknown = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if fields.get(name)]
@@ -135,7 +174,7 @@ def _read_adapter(folder: Path) -> tuple[LoraSettings, dict[str, StoredTensor]]:
         )
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{where} must say `r` and `lora_alpha`.") from None
-    tensors = _read_tensors(folder, "adapter_model")
+    tensors = read_tensors(folder, "adapter_model")
     if tensors is None:
         raise FileNotFoundError(f"{folder} has no adapter_model.safetensors.")
     factors = {}
@@ -149,7 +188,7 @@ def _read_adapter(folder: Path) -> tuple[LoraSettings, dict[str, StoredTensor]]:
 
 
 class TensorReader:
-    """Reads weights one by one out of files that stay open; they are mapped into memory, not read as a whole."""
+    """Reads weights one by one out of files that are mapped into memory, and stay so until `close()`."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -159,6 +198,9 @@ class TensorReader:
         return self
 
     def __exit__(self, *details: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._files.clear()
         self._stack.close()
 
@@ -168,4 +210,4 @@ class TensorReader:
         return self._files[tensor.file].get_tensor(tensor.name)
 
 
-__all__ = ["ADAPTER_FOLDER", "Phi4MMSource", "StoredTensor", "TensorReader", "open_source", "read_json"]
+__all__ = ["ADAPTER_FOLDER", "Phi4MMSource", "StoredTensor", "TensorReader", "hub_tensors", "open_source", "read_json"]

@@ -13,7 +13,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Folder or Hub name of a Mel-LLM to go on with, or of any causal language model to build one "
-            "around. Left out: a small one from scratch."
+            "around; or a folder of adapters to go on with, beside --lora. Left out: a small one from scratch."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
