@@ -232,7 +232,7 @@ def check(study: Study, folder: Path, names: list[str], elsewhere: bool = False)
                 problems = [f"there is no file {path}" for path in texts if not path.is_file()]
             for problem in problems:
                 missing.setdefault(problem, name)
-        except (ValueError, TypeError, ImportError) as error:
+        except (OSError, ValueError, TypeError, ImportError) as error:
             raise ValueError(f"{study.config}, run {name}: {error}") from error
         record = read_record(folder / name)
         trained = any((folder / name / "model").glob("checkpoint-*")) or (folder / name / "model" / SUMMARY).is_file()
@@ -351,7 +351,9 @@ def run_all(study: Study, folder: Path, names: list[str]) -> list[str]:
         run, place = study.runs[name], folder / name
         head = f"[{number}/{len(names)}] {name}"
         record = read_record(place)
-        if record is not None and record["status"] == "done" and (place / "model" / SUMMARY).is_file():
+        if record is not None and record["status"] != "failed" and (place / "model" / SUMMARY).is_file():
+            if record["status"] != "done":  # it came to its end just when this one was stopped
+                write_record(place, {**record, "status": "done", "error": None})
             print(f"{head}: done before", flush=True)
             continue
         place.mkdir(parents=True, exist_ok=True)
