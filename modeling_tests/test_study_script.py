@@ -180,6 +180,15 @@ def test_other_arguments_for_a_run_that_is_done_are_refused(script, finished, sp
         script.main(words(config, folder, speech))
 
 
+def test_two_at_once_are_refused(script, finished, speech):
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such lock")
+    config, folder, _, _ = finished
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another study.py, or a training that one started"):
+            script.main(words(config, folder, speech))
+
+
 def test_the_report_goes_between_its_marks(script, finished, speech, tmp_path):
     config, folder, _, _ = finished
     page = tmp_path / "study.md"

@@ -344,7 +344,27 @@ def write_record(folder: Path, record: dict) -> None:
     os.replace(partial, folder / RECORD)
 
 
-def run_all(study: Study, folder: Path, names: list[str]) -> list[str]:
+@contextlib.contextmanager
+def alone(folder: Path):
+    """Keeps others out of a study's folder; what is yielded, if anything, lets trainings keep them out that outlive this
+    process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield ()
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another study.py, or a training that one started, is at work there."
+            ) from None
+        yield (file.fileno(),)
+
+
+def run_all(study: Study, folder: Path, names: list[str], lock: tuple[int, ...] = ()) -> list[str]:
     """Runs what is not finished; the names of the runs that failed or were left out."""
     failed: list[str] = []
     for number, name in enumerate(names, start=1):
@@ -370,7 +390,7 @@ def run_all(study: Study, folder: Path, names: list[str]) -> list[str]:
         print(f"{head}: {run.title} ...", end=" ", flush=True)
         started = time.monotonic()
         try:
-            code = run_one(command_of(study, run, folder), place / "log.txt", study.environment)
+            code = run_one(command_of(study, run, folder), place / "log.txt", study.environment, lock)
         except BaseException:
             # Stopped from outside: the next start goes on with it
             write_record(
@@ -392,13 +412,18 @@ def run_all(study: Study, folder: Path, names: list[str]) -> list[str]:
     return failed
 
 
-def run_one(command: list[str], log: Path, environment: dict[str, str]) -> int:
+def run_one(command: list[str], log: Path, environment: dict[str, str], lock: tuple[int, ...]) -> int:
     """Runs a command, with what it prints going to the end of `log`; it does not outlive this process's interruption."""
     with open(log, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            pass_fds=lock,
         )
         try:
             return process.wait()
@@ -486,7 +511,8 @@ def main(argv: list[str]) -> int:
             return 0
         if missing:
             raise ValueError("; ".join(missing))
-        failed = run_all(study, folder, names)
+        with alone(folder) as lock:
+            failed = run_all(study, folder, names, lock)
     command = study_report.command_line(arguments.study, folder, given)
     path = study_report.write(study, folder, command, arguments.report)
     print(f"The report is {path}.")
