@@ -127,6 +127,7 @@ def test_an_interruption_leaves_nothing_that_loads(finished):
     _, _, _, between = finished
     assert between["code"] == 1 and "interrupted" in between["said"] and "Traceback" not in between["said"]
     assert between["status"] == "interrupted" and between["models"] == []
+    # A training that outlived it would still keep others out, and the second start would have been refused
 
 
 def test_a_failure_stops_only_what_needs_its_model(finished):

@@ -412,28 +412,59 @@ def run_all(study: Study, folder: Path, names: list[str], lock: tuple[int, ...] 
     return failed
 
 
+class Stop:
+    """A signal's handler that can be asked to wait."""
+
+    def __init__(self):
+        self.waits = self.was_asked = False
+
+    def __call__(self, signum, frame) -> None:
+        self.was_asked = True
+        if not self.waits:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def later(self):
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+
+    def check(self) -> None:
+        if self.was_asked:
+            raise KeyboardInterrupt
+
+
+STOP = Stop()
+
+
 def run_one(command: list[str], log: Path, environment: dict[str, str], lock: tuple[int, ...]) -> int:
     """Runs a command, with what it prints going to the end of `log`; it does not outlive this process's interruption."""
     with open(log, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment},
-            pass_fds=lock,
-        )
+        process = None
         try:
+            with STOP.later():  # in the midst of starting it, nobody would know whom to end
+                process = subprocess.Popen(
+                    command,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **environment},
+                    pass_fds=lock,
+                )
+            STOP.check()
             return process.wait()
         except BaseException:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            if process is not None:
+                process.terminate()
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
             raise
 
 
@@ -523,12 +554,9 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _stop(signum, frame):
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)  # so that no training outlives it
+    for number in (signal.SIGINT, signal.SIGTERM):  # no training outlives this process
+        signal.signal(number, STOP)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
