@@ -232,7 +232,7 @@ def check(study: Study, folder: Path, names: list[str], elsewhere: bool = False)
                 problems = [f"there is no file {path}" for path in texts if not path.is_file()]
             for problem in problems:
                 missing.setdefault(problem, name)
-        except (ValueError, TypeError, ImportError) as error:
+        except (OSError, ValueError, TypeError, ImportError) as error:
             raise ValueError(f"{study.config}, run {name}: {error}") from error
         record = read_record(folder / name)
         trained = any((folder / name / "model").glob("checkpoint-*")) or (folder / name / "model" / SUMMARY).is_file()
@@ -344,14 +344,36 @@ def write_record(folder: Path, record: dict) -> None:
     os.replace(partial, folder / RECORD)
 
 
-def run_all(study: Study, folder: Path, names: list[str]) -> list[str]:
+@contextlib.contextmanager
+def alone(folder: Path):
+    """Keeps others out of a study's folder; what is yielded, if anything, lets trainings keep them out that outlive this
+    process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield ()
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another study.py, or a training that one started, is at work there."
+            ) from None
+        yield (file.fileno(),)
+
+
+def run_all(study: Study, folder: Path, names: list[str], lock: tuple[int, ...] = ()) -> list[str]:
     """Runs what is not finished; the names of the runs that failed or were left out."""
     failed: list[str] = []
     for number, name in enumerate(names, start=1):
         run, place = study.runs[name], folder / name
         head = f"[{number}/{len(names)}] {name}"
         record = read_record(place)
-        if record is not None and record["status"] == "done" and (place / "model" / SUMMARY).is_file():
+        if record is not None and record["status"] != "failed" and (place / "model" / SUMMARY).is_file():
+            if record["status"] != "done":  # it came to its end just when this one was stopped
+                write_record(place, {**record, "status": "done", "error": None})
             print(f"{head}: done before", flush=True)
             continue
         place.mkdir(parents=True, exist_ok=True)
@@ -368,7 +390,7 @@ def run_all(study: Study, folder: Path, names: list[str]) -> list[str]:
         print(f"{head}: {run.title} ...", end=" ", flush=True)
         started = time.monotonic()
         try:
-            code = run_one(command_of(study, run, folder), place / "log.txt", study.environment)
+            code = run_one(command_of(study, run, folder), place / "log.txt", study.environment, lock)
         except BaseException:
             # Stopped from outside: the next start goes on with it
             write_record(
@@ -390,23 +412,59 @@ def run_all(study: Study, folder: Path, names: list[str]) -> list[str]:
     return failed
 
 
-def run_one(command: list[str], log: Path, environment: dict[str, str]) -> int:
+class Stop:
+    """A signal's handler that can be asked to wait."""
+
+    def __init__(self):
+        self.waits = self.was_asked = False
+
+    def __call__(self, signum, frame) -> None:
+        self.was_asked = True
+        if not self.waits:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def later(self):
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+
+    def check(self) -> None:
+        if self.was_asked:
+            raise KeyboardInterrupt
+
+
+STOP = Stop()
+
+
+def run_one(command: list[str], log: Path, environment: dict[str, str], lock: tuple[int, ...]) -> int:
     """Runs a command, with what it prints going to the end of `log`; it does not outlive this process's interruption."""
     with open(log, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
-        )
+        process = None
         try:
+            with STOP.later():  # in the midst of starting it, nobody would know whom to end
+                process = subprocess.Popen(
+                    command,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **environment},
+                    pass_fds=lock,
+                )
+            STOP.check()
             return process.wait()
         except BaseException:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            if process is not None:
+                process.terminate()
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
             raise
 
 
@@ -484,7 +542,8 @@ def main(argv: list[str]) -> int:
             return 0
         if missing:
             raise ValueError("; ".join(missing))
-        failed = run_all(study, folder, names)
+        with alone(folder) as lock:
+            failed = run_all(study, folder, names, lock)
     command = study_report.command_line(arguments.study, folder, given)
     path = study_report.write(study, folder, command, arguments.report)
     print(f"The report is {path}.")
@@ -495,12 +554,9 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _stop(signum, frame):
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)  # so that no training outlives it
+    for number in (signal.SIGINT, signal.SIGTERM):  # no training outlives this process
+        signal.signal(number, STOP)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -57,6 +57,7 @@ def result_of(folder: Path) -> dict:
         "memory": mebibytes("peak_memory"),
         "gpu_memory": mebibytes("peak_gpu_memory"),
     }
+    result["device"] = resources.get("device", "cpu")
     return {name: value for name, value in result.items() if value is not None}
 
 
@@ -147,7 +148,7 @@ def _text(study, command: str, tables, results: dict, records: dict, images: Pat
     if study.note:
         lines += [study.note.strip(), ""]
     lines += ["```bash", "".join(f"{key}={value} " for key, value in study.environment.items()) + command, "```", ""]
-    lines += [_where(done), "", PAPER, ""]
+    lines += [_where(done, results), "", PAPER, ""]
     if unfinished := {name: record for name, record in records.items() if record["status"] != "done"}:
         lines += [f"**{len(unfinished)} of {len(records)} runs are missing below:**", ""]
         for name, record in unfinished.items():
@@ -177,12 +178,13 @@ def _is_in(name: str, tables) -> bool:
     return any(row["run"] == name for _, rows in tables for row in rows)
 
 
-def _where(done: list[dict]) -> str:
+def _where(done: list[dict], results: dict) -> str:
     if not done:
         return "No run is finished yet."
     environments = [record["environment"] for record in done]
     dates = sorted(environment["date"] for environment in environments)
-    machines = sorted({f"{e['gpu'] or e['cpu']}, {e['cores']} cores" for e in environments})
+    machines = sorted({f"{e['cpu']}, {e['cores']} cores" for e in environments})
+    machines += sorted({result["device"] for result in results.values() if result} - {"cpu"})
     versions = environments[-1]["versions"]
     minutes = sum(record["seconds"] for record in done) / 60
     return (

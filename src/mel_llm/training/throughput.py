@@ -59,7 +59,7 @@ class ThroughputMeter(TrainerCallback):
         over, and peaks in bytes, the greatest of any process: `peak_memory` of the process, libraries and all (`None` where
         the system does not tell), and `peak_gpu_memory`, allocated by torch. All processes must ask."""
         speed = float(self.frames) / self.frame_rate / self.seconds if self.seconds else None
-        on_gpu = torch.cuda.is_available()
+        on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0  # and not --use_cpu
         mine = (speed, peak_memory(), torch.cuda.max_memory_allocated() if on_gpu else None)
         parts = gather_object([mine]) if world_size > 1 else [mine]
         speeds, memory, gpu = ([value for value in values if value is not None] for values in zip(*parts, strict=True))
