@@ -42,7 +42,7 @@ def assert_packed_is_unpadded(model, processor, examples) -> None:
     expected = gradients(model)
     config = model.config
     batch = PackedTranscriptionCollator(processor, config=config)(examples)
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape
+    assert batch["input_ids"].shape == batch["position_ids"].shape and batch["labels"].shape == (1, count)
     assert len(batch["input_ids"]) == 1 and len(batch["input_features"]) == len(examples)
     output = model(**batch, num_items_in_batch=torch.tensor(count))
     output.loss.backward()
@@ -95,14 +95,17 @@ def test_the_row_is_clip_after_clip(tiny, speech_clips):
     config, examples = model.config, examples_of(speech_clips)[:2]
     batch = TranscriptionCollator(processor)(examples)
     row = pack_transcripts(batch, config)
-    ids, labels = row["input_ids"][0].tolist(), row["labels"][0].tolist()
+    ids, places = row["input_ids"][0].tolist(), row["logits_to_keep"].tolist()
     clips = []
     for mask, target in zip(batch["attention_mask"], batch["labels"], strict=True):
         transcript = target[target != -100].tolist()
         audio = [config.audio_token_id] * config.audio_config.num_audio_tokens(int(mask.sum()))
         clips.append(([*config.prompt_prefix_ids, *audio, *config.prompt_suffix_ids], transcript))
     assert ids == [token for prompt, transcript in clips for token in [*prompt, *transcript]]
-    assert labels == [token for prompt, transcript in clips for token in [*[-100] * len(prompt), *transcript]]
+    assert row["labels"][0].tolist() == [token for _, transcript in clips for token in transcript]
+    assert [ids[place + 1] for place in places] == row["labels"][0].tolist() == row["shift_labels"][0].tolist()
+    with torch.no_grad():
+        assert model(**row).logits.shape[1] == len(places)
     assert row["position_ids"][0].tolist() == [i for p, t in clips for i in range(len(p) + len(t))]
     assert row["use_cache"] is False
 

@@ -25,25 +25,32 @@ def pack_transcripts(batch: dict[str, Any], config: MelLLMConfig) -> dict[str, A
         config: The model's: the default prompt lies there.
 
     Returns:
-        `dict`: `input_ids`, `position_ids` and `labels`, all `(1, tokens of all clips)`; `input_features` and
-        `input_features_mask`, which stay clip by clip; and `use_cache=False`, since a cache would hide the borders.
+        `dict`: `input_ids` and `position_ids`, `(1, tokens of all clips)`; `input_features` and `input_features_mask`, which
+        stay clip by clip; `logits_to_keep` `(transcript tokens,)`, the places that predict the transcripts, since scores of
+        the vocabulary at all places would take more memory than everything else; `labels` and `shift_labels`,
+        `(1, transcript tokens)`, both what is predicted there; and `use_cache=False`, since a cache would hide the borders.
     """
     mask, labels = batch["attention_mask"], batch["labels"]
     device = labels.device
     prefix = torch.tensor(config.prompt_prefix_ids, dtype=torch.long, device=device)
     suffix = torch.tensor(config.prompt_suffix_ids, dtype=torch.long, device=device)
-    ids, targets, positions = [], [], []
+    ids, targets, positions, places, length = [], [], [], [], 0
     for num_audio, row in zip(config.audio_config.num_audio_tokens(mask.sum(-1)).tolist(), labels, strict=True):
         transcript = row[row != -100]
         audio = torch.full((num_audio,), config.audio_token_id, dtype=torch.long, device=device)
         clip = torch.cat([prefix, audio, suffix, transcript])
         ids.append(clip)
-        targets.append(torch.cat([clip.new_full((len(clip) - len(transcript),), -100), transcript]))
+        targets.append(transcript)
         positions.append(torch.arange(len(clip), device=device))
+        length += len(clip)
+        places.append(torch.arange(length - len(transcript), length, device=device) - 1)
+    targets = torch.cat(targets)[None]
     return {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat(positions)[None],
-        "labels": torch.cat(targets)[None],
+        "logits_to_keep": torch.cat(places),
+        "labels": targets,
+        "shift_labels": targets,
         "input_features": batch["input_features"],
         "input_features_mask": mask,
         "use_cache": False,
