@@ -12,8 +12,7 @@ from test_joint_training import SPEECH, log_history
 from test_train_script import SCRATCH, script, train, words  # noqa: F401  (fixtures among them)
 from transformers import AutoProcessor
 
-from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig
-from mel_llm.modeling_mel_llm_continuation import MelLLMForSpeechContinuation
+from mel_llm import MelLLMFeatureExtractor, MelLLMForSpeechContinuation, MelLLMSpeechConfig, MelLLMVocoderConfig
 from mel_llm.training import (
     ContinuationCollator,
     PromptCut,
@@ -163,9 +162,9 @@ def test_questions_and_answers(model_and_processor, questions, speech_clips):
     dataset = SpeechDataset(rows.add_column("task", ["qa"] * 4))
     separator = model.config.separator_ids
     # Every text may go, but not where nothing else is to be learnt
-    collator = QACollator(processor, separator, skip_text_probability=1.0)
+    collator = QACollator(processor, skip_text_probability=1.0)
     assert collator([dataset[0, i] for i in range(3)])["labels"].ne(-100).any(-1).tolist() == [False, True, False]
-    batch = QACollator(processor, separator)([dataset[i] for i in range(3)])
+    batch = QACollator(processor)([dataset[i] for i in range(3)])
     ids = batch["labels"][0]
     ids = ids[ids != -100].tolist()
     place = ids.index(separator[0])
@@ -228,7 +227,7 @@ def test_one_run_of_all_tasks(script, recordings, questions, tmp_path):  # noqa:
     more = ["--tasks", "asr,tts,continuation,qa", *SPOKEN[2:], "--skip_text_probability", "0.2"]
     more += ["--train_data", recordings, questions, "--max_steps", "12"]
     more += ["--eval_data", f"{recordings},split=train", f"{questions},split=train"]
-    run = train(script, *words(recordings, output, *more))
+    run = train(script, *words(recordings, output, *more, "--remote_code"))
     assert isinstance(run.trainer.data_collator, TaskCollator)
     tasks = run.trainer.train_dataset.data["task"]
     # Answered questions are for qa alone; clips of less than 1.5 s have no room for prompt and continuation

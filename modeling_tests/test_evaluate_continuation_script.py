@@ -69,7 +69,7 @@ def recordings(speech_clips, tmp_path):
     """Three that are long enough and one that is not."""
     folder = tmp_path / "recordings"
     folder.mkdir()
-    chosen = sorted(speech_clips, key=lambda clip: -clip["duration"])[:3] + [speech_clips[7]]
+    chosen = [*sorted(speech_clips, key=lambda clip: -clip["duration"])[:3], speech_clips[7]]
     for number, clip in enumerate(chosen):
         soundfile.write(folder / f"r{number}.wav", clip["array"], 16000)
     return str(folder)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from transformers import AutoProcessor, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
+from mel_llm import MelLLMForSpeechContinuation
 from mel_llm.evaluation import (
     AudioFolder,
     ContinuationModel,
@@ -47,7 +48,6 @@ from mel_llm.evaluation.continuation_evaluation import CachedPerplexity, PromptV
 from mel_llm.evaluation.environment import describe_environment
 from mel_llm.evaluation.plugins import describe_folder
 from mel_llm.evaluation.speech_evaluation import write_whole
-from mel_llm.modeling_mel_llm_continuation import MelLLMForSpeechContinuation
 from mel_llm.training import PromptCut
 
 

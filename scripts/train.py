@@ -49,6 +49,7 @@ from mel_llm import (
     MelLLMAudioConfig,
     MelLLMConfig,
     MelLLMFeatureExtractor,
+    MelLLMForSpeechContinuation,
     MelLLMForTextToSpeech,
     MelLLMSpeechConfig,
     MelLLMVocoder,
@@ -59,7 +60,6 @@ from mel_llm.card_results import local_name, local_names
 from mel_llm.conversion import from_text_llm, parse_layers
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMProjector
-from mel_llm.modeling_mel_llm_continuation import MelLLMForSpeechContinuation
 from mel_llm.publishing import without_paths
 from mel_llm.sharing_mel_llm import WEIGHT_FILES, push_folder
 from mel_llm.training import (
@@ -1009,7 +1009,7 @@ def prepare(argv: list[str]) -> Run | None:
         "continuation": ContinuationCollator(
             processor, prompt_cut(data_args), data_args.skip_text_probability, features_later=later
         ),
-        "qa": QACollator(processor, model.config.separator_ids, data_args.skip_text_probability, features_later=later),
+        "qa": QACollator(processor, data_args.skip_text_probability, features_later=later),
     }
     collator = TaskCollator(collators) if len(data_args.tasks) > 1 else collators[data_args.tasks[0]]
     train_collator = None

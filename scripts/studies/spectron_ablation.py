@@ -19,10 +19,10 @@ from pathlib import Path
 
 import yaml
 
+from mel_llm.card_results import without_local_paths
 from mel_llm.evaluation.environment import describe_environment
 from mel_llm.evaluation.speech_evaluation import write_whole
 from mel_llm.evaluation.speech_report import speech_table
-from mel_llm.publishing import without_paths
 
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -154,7 +154,7 @@ def page(study: dict, results: list[dict], arguments) -> str:
     trained = next(iter(results[0]["data"]["train"].values()))
     clips = trained.get("continuation", trained)
     seed = study.get("train", {}).get("seed", 42)
-    command = without_paths(shlex.join(["python", *sys.argv]))
+    command = without_local_paths(shlex.join(["python", *sys.argv]))
     parts = [
         f"# {study['title']}",
         "Made by `scripts/studies/spectron_ablation.py`; do not edit.",

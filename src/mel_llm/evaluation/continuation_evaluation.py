@@ -165,24 +165,18 @@ class ContinuationModel(SpeechSystem):
         audio = [row.float().cpu().numpy() for row in output.audio]
         wall = time.perf_counter() - started
         total = max(1, sum(len(row) for row in audio))
+        # All text and, where the model set them apart, what was heard and what follows
+        written = self.processor.decode_continuation(output)
         return [
             Speech(
                 row,
                 self.model.config.sampling_rate,
                 wall * len(row) / total,
                 bool(output.stopped[index]),
-                self._written(output, index) if self.writes else None,
+                written[index] if self.writes else None,
             )
             for index, row in enumerate(audio)
         ]
-
-    def _written(self, output, index: int) -> dict:
-        """All text, and where the model set it apart, what follows what was heard."""
-
-        def decoded(ids) -> str | None:
-            return None if ids is None else self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-        return {"text": decoded(output.sequences[index]), "continuation": decoded(output.continuation[index])}
 
 
 # --- who listens ----------------------------------------------------------------------------------------------------------

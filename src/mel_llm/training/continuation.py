@@ -5,7 +5,6 @@ No alignment is needed: the text to learn is the whole transcript, of the prompt
 paper). Where a clip is cut is the paper's 3 s by default; ranges, fractions, and dropping the text are ours.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -181,8 +180,7 @@ class ContinuationCollator:
             place = len(audio) // 2 if place is None else place
             prompts.append(audio[:place])
             continuations.append(audio[place:])
-        tokenize = functools.partial(self.processor.tokenizer, add_special_tokens=False)
-        texts = [tokenize(example[self.text_column])["input_ids"] for example in examples]
+        texts = [self.processor.continuation_text_ids(example[self.text_column]) for example in examples]
         seeds = [example.get("augment_seed") for example in examples]
         batch = {
             "labels": _labels(texts, seeds, self.skip_text_probability),
@@ -202,8 +200,7 @@ class QACollator:
     writes it down with the answer, and speaks the answer.
 
     Args:
-        processor: Its feature extractor and tokenizer are used.
-        separator_ids (`list[int]`): What is written between the question and the answer, `config.separator_ids`.
+        processor: Its feature extractor and tokenizer are used, and what it writes between question and answer.
         skip_text_probability (`float`, defaults to 0.0): As for [`ContinuationCollator`]. Examples whose answer nobody
             spoke keep their text: there is nothing else to learn from them.
         audio_column, text_column, answer_audio_column, answer_column: Keys of an example: the question, and the answer,
@@ -215,7 +212,6 @@ class QACollator:
     """
 
     processor: MelLLMProcessor
-    separator_ids: list[int]
     skip_text_probability: float = 0.0
     audio_column: str = "audio"
     text_column: str = "text"
@@ -230,7 +226,7 @@ class QACollator:
         """As [`ContinuationCollator`], with `task`, which asks for the prompt of a question; rows of `spectrogram_labels`
         without an answer's audio are -100 throughout."""
         texts = [
-            [*self._ids(example[self.text_column]), *self.separator_ids, *self._ids(example[self.answer_column])]
+            self.processor.continuation_text_ids(example[self.text_column], example[self.answer_column])
             for example in examples
         ]
         spoken = [example[self.answer_audio_column] for example in examples]
@@ -244,9 +240,6 @@ class QACollator:
             "raw_continuations": spoken,
         }
         return batch if self.features_later else self.finish(batch)
-
-    def _ids(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
 
     def finish(self, batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
         """Makes features of a batch's waveforms, on the CPU or on `device`."""
