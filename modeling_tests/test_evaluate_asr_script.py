@@ -367,12 +367,14 @@ def hub(folder, speech_clips, tmp_path, monkeypatch):
 
 def test_a_benchmark(script, hub, speech_clips, tmp_path, monkeypatch):
     texts = {len(clip["array"]): clip["text"] for clip in speech_clips[:4]}
-    (tmp_path / "judge.py").write_text(
+    (tmp_path / "asr_judge.py").write_text(
         f"TEXTS = {texts!r}\n\ndef listen(audio, rate):\n    return TEXTS.get(len(audio), 'nothing')\n"
         "\ndef deaf(audio, rate):\n    return ''\n"
     )
     monkeypatch.chdir(tmp_path)
-    argv = words("out", "--benchmark", "open_asr", "--model", "python:judge.listen", "--peer", "python:judge.deaf")
+    argv = words(
+        "out", "--benchmark", "open_asr", "--model", "python:asr_judge.listen", "--peer", "python:asr_judge.deaf"
+    )
     results, is_complete = evaluate(script, *argv)
     assert is_complete
     assert ("hf-audio/open-asr-leaderboard", "librispeech", "test.other") in hub
@@ -385,12 +387,12 @@ def test_a_benchmark(script, hub, speech_clips, tmp_path, monkeypatch):
     assert totals["earnings22_cleaned_aa_chunked"]["num_recordings"] == 2
     names = {path.name for path in (tmp_path / "out" / best["folder"]).iterdir()}
     # as the leaderboard's scorer looks for them
-    assert "MODEL_judge.listen_DATASET_hf-audio-open-asr-leaderboard_librispeech_test.clean.jsonl" in names
+    assert "MODEL_asr_judge.listen_DATASET_hf-audio-open-asr-leaderboard_librispeech_test.clean.jsonl" in names
     chunked = "ArtificialAnalysis-Earnings22-Cleaned-AA-chunked_earnings22_cleaned_aa_chunked_test"
-    lines = lines_of(tmp_path / "out" / best["folder"] / f"MODEL_judge.listen_DATASET_{chunked}.jsonl")
+    lines = lines_of(tmp_path / "out" / best["folder"] / f"MODEL_asr_judge.listen_DATASET_{chunked}.jsonl")
     assert [(line["parent_id"], line["chunk_index"]) for line in lines] == [("a", 1), ("a", 0), ("b", 0), ("b", 1)]
 
-    (file,) = (tmp_path / "out" / "scores").glob("judge.listen*/.eval_results/open_asr_leaderboard.yaml")
+    (file,) = (tmp_path / "out" / "scores").glob("asr_judge.listen*/.eval_results/open_asr_leaderboard.yaml")
     entries = yaml.safe_load(file.read_text())
     values = {entry["dataset"]["task_id"]: entry["value"] for entry in entries}
     assert values["mean_wer"] == 0 and values["librispeech_clean_wer"] == 0 and values["rtfx"] > 0
@@ -398,7 +400,7 @@ def test_a_benchmark(script, hub, speech_clips, tmp_path, monkeypatch):
     assert entries[0]["date"] == results["environment"]["date"].split()[0]
 
     part, _ = evaluate(script, *argv[:4], *words("part", "--benchmark", "esb", "--subsets", "ami", "tedlium")[2:],
-                       "--output_dir", "part", "--model", "python:judge.deaf")  # fmt: skip
+                       "--output_dir", "part", "--model", "python:asr_judge.deaf")  # fmt: skip
     assert [of_set["name"] for of_set in part["models"][0]["sets"]] == ["ami", "tedlium"]
     (file,) = (tmp_path / "part").rglob("open_asr_leaderboard.yaml")  # no mean over a part of the sets
     assert {e["dataset"]["task_id"] for e in yaml.safe_load(file.read_text())} == {"ami_wer", "tedlium_wer"}
@@ -503,13 +505,15 @@ def test_user_errors_have_no_traceback(tiny_folder, tmp_path):
 
 def test_a_normalizer_of_ones_own(script, folder, tmp_path, monkeypatch):
     """As the leaderboard's own is given: a class without arguments, from a folder on the path."""
-    (tmp_path / "rules.py").write_text(
+    (tmp_path / "asr_rules.py").write_text(
         "class Rules:\n    def __call__(self, text):\n        return 'same'\n\ndef listen(audio, rate):\n    return 'x'\n"
     )
     monkeypatch.chdir(tmp_path)
-    argv = words("out", "--data", folder, "--model", "python:rules.listen", "--normalizer", "python:rules.Rules")
+    argv = words(
+        "out", "--data", folder, "--model", "python:asr_rules.listen", "--normalizer", "python:asr_rules.Rules"
+    )
     results, _ = evaluate(script, *argv)
-    assert results["models"][0]["mean_wer"] == 0 and results["normalizer"].startswith("rules.Rules ")
+    assert results["models"][0]["mean_wer"] == 0 and results["normalizer"].startswith("asr_rules.Rules ")
     assert mel_llm.__version__ == results["environment"]["versions"]["mel_llm"]
 
 

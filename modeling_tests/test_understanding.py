@@ -283,7 +283,7 @@ def test_another_question_is_asked_anew(sounds, tmp_path):
 
 
 def test_functions_and_choices_in_the_data(script, sounds, tmp_path, monkeypatch):
-    (tmp_path / "judge.py").write_text(
+    (tmp_path / "asker.py").write_text(
         "def answer(audio, rate, question):\n"
         "    assert rate == 16000 and question.endswith('Options: alto, bass.')\n"
         "    return 'A deep bass, I think.'\n"
@@ -294,14 +294,14 @@ def test_functions_and_choices_in_the_data(script, sounds, tmp_path, monkeypatch
         for i, label in enumerate(["bass", "alto", "bass", "bass"])
     ]
     table = write_table(tmp_path / "voices.csv", rows)
-    argv = words("out", "--data", table, "--model", "python:judge.answer", "--show_choices")
+    argv = words("out", "--data", table, "--model", "python:asker.answer", "--show_choices")
     results, _ = evaluate(script, *argv)
     totals = results["models"][0]["sets"][0]["totals"]
     assert totals["accuracy"]["value"] == 0.75 == totals["majority"] and totals["exact"] == 0
     assert totals["classes"]["alto"]["value"] == 0 and totals["unweighted"] == 0.5
     table = (tmp_path / "out" / "results.md").read_text()
-    assert "| judge.answer | voices.csv | 4 | 75.0 (30.1–95.4) | 50.0 | 75.0 | 0.0 | 0.0 |" in table
-    assert "| judge.answer | voices.csv | alto | 1 | 0.0 (0.0–79.3) |" in table
+    assert "| asker.answer | voices.csv | 4 | 75.0 (30.1–95.4) | 50.0 | 75.0 | 0.0 | 0.0 |" in table
+    assert "| asker.answer | voices.csv | alto | 1 | 0.0 (0.0–79.3) |" in table
 
 
 def test_other_models_answer_through_their_templates(tokenizer, speech_clips, tmp_path):

@@ -187,15 +187,18 @@ def main(name: str, prepare: Callable, report: Callable) -> None:
     """
     try:
         evaluation, arguments, *more = prepare(sys.argv[1:])
+    except USER_ERRORS as error:
+        if os.environ.get("MEL_LLM_DEBUG"):
+            raise
+        sys.exit(f"{name}: {error}")
+    try:
         results = evaluation.run()
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"{name}: out of memory ({str(error).splitlines()[0]}). Give a smaller --batch_size or --no_interleave; what is "
             "done is kept."
         )
-    except USER_ERRORS as error:
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
+    except (OSError, SafetensorError) as error:  # weights that cannot be read, a disk that is full
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         logger.info("Interrupted. The same command goes on from here.")

@@ -150,7 +150,8 @@ class ModelSystem(ClipSystem):
             "kind": "peer" if is_peer else "model",
             "weights": describe_folder(name),
             "base": None if self.base is None else describe_folder(self.base),
-            "revision": revision,
+            "revision": getattr(self.config, "_commit_hash", None)
+            or revision,  # what a Hub name stands for may change
             "dtype": dtype,
             "attn_implementation": attn_implementation,
             "compile": compile_mode,
