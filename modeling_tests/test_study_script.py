@@ -159,6 +159,7 @@ def test_the_report_has_what_was_measured_beside_what_was_published(finished):
     assert cells["speed"] == "1.00×" and float(cells["memory (MiB)"].replace(",", "")) > 50
     assert cells["paper: WER (%)"] == "7.12" and cells["paper: speed |"] == "1.57× |"
     assert "| somebody else |" in text and "7.44" in text
+    assert "2 runs in " in text and "s of CPU time" in text and record(folder, "whole")["cpu_seconds"] > 1
     assert "2 of 4 runs are missing" in text and "`after-broken`: left out" in text and "A tiny study" in text
     assert "secondary notes" in text
     assert "--set speech=speech" in text and str(folder) not in text  # no folder of this machine

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import statistics
 from pathlib import Path
 
 from mel_llm.card_results import local_name
@@ -187,8 +188,10 @@ def _where(done: list[dict], results: dict) -> str:
     machines += sorted({result["device"] for result in results.values() if result} - {"cpu"})
     versions = environments[-1]["versions"]
     minutes = sum(record["seconds"] for record in done) / 60
+    costs = [record["cpu_seconds"] for record in done if record.get("cpu_seconds") is not None]
+    cost = f" (a run cost {statistics.median(costs):.0f} s of CPU time, the median of {len(costs)})" if costs else ""
     return (
-        f"{len(done)} runs in {minutes:.0f} minutes, {dates[0]} to {dates[-1]}; {'; '.join(machines)}; torch "
+        f"{len(done)} runs in {minutes:.0f} minutes{cost}, {dates[0]} to {dates[-1]}; {'; '.join(machines)}; torch "
         f"{versions['torch']}, transformers {versions['transformers']}. Speeds and memory are of these runs on this machine, "
         "beside whatever else ran on it; compare them with each other only."
     )
