@@ -156,9 +156,14 @@ def test_the_report_has_what_was_measured_beside_what_was_published(finished):
     assert cells["CTC loss"] == f"{summary['metrics']['eval_asr_ctc']:.3f}"
     assert cells["cross-entropy"] == f"{summary['metrics']['eval_asr_text']:.3f}"
     assert cells["trained weights"] == f"{summary['parameters']['trained']:,}"
-    assert cells["speed"] == "1.00×" and float(cells["memory (MiB)"].replace(",", "")) > 50
+    assert (
+        cells["speed"] == "1.00×"
+        and float(cells["audio s per CPU s"]) > 0
+        and float(cells["memory (MiB)"].replace(",", "")) > 50
+    )
     assert cells["paper: WER (%)"] == "7.12" and cells["paper: speed |"] == "1.57× |"
     assert "| somebody else |" in text and "7.44" in text
+    assert "2 runs in " in text and "s of CPU time" in text and record(folder, "whole")["cpu_seconds"] > 1
     assert "2 of 4 runs are missing" in text and "`after-broken`: left out" in text and "A tiny study" in text
     assert "secondary notes" in text
     assert "--set speech=speech" in text and str(folder) not in text  # no folder of this machine
@@ -193,11 +198,11 @@ def test_two_at_once_are_refused(script, finished, speech):
 def test_the_report_goes_between_its_marks(script, finished, speech, tmp_path):
     config, folder, _, _ = finished
     page = tmp_path / "study.md"
-    page.write_text("# Mine\n\n<!-- study: begin -->\nold\n<!-- study: end -->\n\nThe end.\n")
+    page.write_text("# Mine, `<!-- study: begin -->`\n\n<!-- study: begin -->\nold\n<!-- study: end -->\n\nThe end.\n")
     for _ in range(2):
         assert script.main(words(config, folder, speech, "--report-only", "--report", str(page))) == 0
     text = page.read_text()
-    assert text.startswith("# Mine\n") and text.endswith("\n\nThe end.\n") and "old" not in text
+    assert text.startswith("# Mine, ") and text.endswith("\n\nThe end.\n") and "old" not in text
     assert text.count("All of it") == 3 - 1 and "](images/study-study-all.png)" in text  # its heading and its picture
     assert (tmp_path / "images" / "study-study-all.png").is_file()
     page.write_text("# Mine, without a place for it\n")

@@ -388,7 +388,7 @@ def run_all(study: Study, folder: Path, names: list[str], lock: tuple[int, ...] 
         record["environment"].pop("command")
         write_record(place, record)
         print(f"{head}: {run.title} ...", end=" ", flush=True)
-        started = time.monotonic()
+        started, cpu_before = time.monotonic(), _cpu_seconds()
         try:
             code = run_one(command_of(study, run, folder), place / "log.txt", study.environment, lock)
         except BaseException:
@@ -399,6 +399,8 @@ def run_all(study: Study, folder: Path, names: list[str], lock: tuple[int, ...] 
             print("interrupted", flush=True)
             raise
         record["seconds"] += time.monotonic() - started
+        if cpu_before is not None and not spent:  # else a part of it is not known
+            record["cpu_seconds"] = _cpu_seconds() - cpu_before
         if code == 0 and not (place / "model" / SUMMARY).is_file():
             code = "no summary"
         if code == 0:
@@ -466,6 +468,16 @@ def run_one(command: list[str], log: Path, environment: dict[str, str], lock: tu
                     process.kill()
                     process.wait()
             raise
+
+
+def _cpu_seconds() -> float | None:
+    """What all programs that this one started have cost so far, on all cores together."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def last_words(log: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import statistics
 from pathlib import Path
 
 from mel_llm.card_results import local_name
@@ -24,6 +25,7 @@ COLUMNS = (
     ("trained weights", "trained", "{:,}"),
     ("speed", "relative_speed", "{:.2f}×"),
     ("audio s per s", "speed", "{:.1f}"),
+    ("audio s per CPU s", "cpu_speed", "{:.1f}"),
     ("memory (MiB)", "memory", "{:,.0f}"),
     ("GPU memory (MiB)", "gpu_memory", "{:,.0f}"),
 )
@@ -45,6 +47,7 @@ def result_of(folder: Path) -> dict:
     def mebibytes(name):
         return None if resources.get(name) is None else resources[name] / 2**20
 
+    on_gpu = resources.get("peak_gpu_memory") is not None
     train = (summary.get("data") or {}).get("train") or {}
     result = {
         "wer": first("eval_asr_wer", "eval_wer", scale=100),
@@ -54,6 +57,7 @@ def result_of(folder: Path) -> dict:
         "hours": sum(report["hours"] for report in train.values()) if train else None,
         "trained": (summary.get("parameters") or {}).get("trained"),
         "speed": resources.get("audio_seconds_per_second"),
+        "cpu_speed": None if on_gpu else resources.get("audio_seconds_per_cpu_second"),
         "memory": mebibytes("peak_memory"),
         "gpu_memory": mebibytes("peak_gpu_memory"),
     }
@@ -89,11 +93,18 @@ def check_report(path: Path) -> None:
         if path.suffix != ".md":
             raise ValueError(f"--report: {path} must be a Markdown file, NAME.md.")
         return
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    if _parts(path.read_text(encoding="utf-8")) is None:
         raise ValueError(
             f"--report: {path} needs the lines {BEGIN} and {END}, once and in this order; between them all is replaced."
         )
+
+
+def _parts(text: str) -> tuple[str, str] | None:
+    """What stands before and behind the marked part; `None` without one."""
+    lines = text.split("\n")
+    if lines.count(BEGIN) != 1 or lines.count(END) != 1 or lines.index(BEGIN) > lines.index(END):
+        return None
+    return "\n".join([*lines[: lines.index(BEGIN)], ""]), "\n".join(["", *lines[lines.index(END) + 1 :]])
 
 
 def write(study, folder: Path, command: str, report: Path | None = None) -> Path:
@@ -118,24 +129,23 @@ def _record(folder: Path) -> dict:
 
 
 def _replace_in(path: Path, text: str) -> Path:
-    before, after = "", ""
-    if path.is_file() and BEGIN in (content := path.read_text(encoding="utf-8")):
-        before, rest = content.split(BEGIN)
-        after = rest.split(END)[1]
+    before, after = (_parts(path.read_text(encoding="utf-8")) if path.is_file() else None) or ("", "\n")
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after or chr(10)}", encoding="utf-8")
+    partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     os.replace(partial, path)
     return path
 
 
 def _rows(study, table: dict, results: dict) -> list[dict]:
     """The results of a table's rows, with `label`, `x`, `published` and the speed relative to the reference."""
-    reference = results.get(table.get("speed_reference"), {}).get("speed")
+    reference = results.get(table.get("speed_reference"), {})
     rows = []
     for row in table.get("rows") or []:
         result = dict(results.get(row.get("run"), {}))
-        if reference and result.get("speed"):
-            result["relative_speed"] = result["speed"] / reference
+        # By CPU time where both trained on the CPU: whatever else the machine did is not in it
+        key = "cpu_speed" if "cpu_speed" in reference and "cpu_speed" in result else "speed"
+        if reference.get(key) and result.get(key):
+            result["relative_speed"] = result[key] / reference[key]
         label = row.get("label") or study.runs[row["run"]].title
         x = row.get("x", result.get("hours") if row.get("run") and table.get("x") else None)
         rows.append({**result, "label": label, "run": row.get("run"), "x": x, "published": row.get("published") or {}})
@@ -187,10 +197,13 @@ def _where(done: list[dict], results: dict) -> str:
     machines += sorted({result["device"] for result in results.values() if result} - {"cpu"})
     versions = environments[-1]["versions"]
     minutes = sum(record["seconds"] for record in done) / 60
+    costs = [record["cpu_seconds"] for record in done if record.get("cpu_seconds") is not None]
+    cost = f" (a run cost {statistics.median(costs):.0f} s of CPU time, the median of {len(costs)})" if costs else ""
     return (
-        f"{len(done)} runs in {minutes:.0f} minutes, {dates[0]} to {dates[-1]}; {'; '.join(machines)}; torch "
-        f"{versions['torch']}, transformers {versions['transformers']}. Speeds and memory are of these runs on this machine, "
-        "beside whatever else ran on it; compare them with each other only."
+        f"{len(done)} runs in {minutes:.0f} minutes{cost}, {dates[0]} to {dates[-1]}; {'; '.join(machines)}; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}. Speeds and memory are of these runs on this machine; "
+        "compare them with each other only. Relative speeds are by the clock on a GPU, by CPU time on a CPU, where other programs "
+        "on the machine have no part in them."
     )
 
 
