@@ -4,7 +4,7 @@ There is no trained checkpoint that goes on with what it hears yet. What this sh
 is written first, the loop that writes the spectrogram behind it, the stop and the vocoder work together; it says nothing about
 recordings that the model has not learnt.
 
-    python scripts/demo_continuation.py --output_dir .demo/continuation            # some five minutes on one free CPU thread
+    python scripts/demo_continuation.py --output_dir .demo/continuation            # some six minutes of CPU time
     python scripts/demo_continuation.py --output_dir .demo/ours --form ours --plot # Mel-LLM's form, and a picture
 
 `--form spectron` is SPECTRON's: a Conformer encoder, frame by frame, nothing random, difference terms. `--form ours` has no
