@@ -195,6 +195,8 @@ def test_answers_are_read_as_they_are_published():
     assert read_answers('["a", "b"]') == ["a", "b"] and read_answers("[sic] a") == ["[sic] a"]
     webquestions = '(list (description "Jazmyn Bieber") (description Jaxon))'
     assert read_answers(webquestions) == ["Jazmyn Bieber", "Jaxon"]
+    assert read_answers({"text": ["a", "b"], "answer_start": [1, 2]}) == ["a", "b"]
+    assert read_answers({"value": "a", "aliases": ["A", "a."]}) == ["a", "A", "a."]
     assert read_answers(None) == [] and read_answers(1912) == ["1912"]
 
 

@@ -137,11 +137,12 @@ def training_table(results: list[dict]) -> str:
 def generation_table(results: list[dict]) -> str:
     rows = []
     for place, result in enumerate(results):
+        is_both = sum(system["settings"].get("kind") != "reference" for system in result["systems"]) > 1
         for system in result["systems"]:
             is_reference = system["settings"].get("kind") == "reference"
             if is_reference and place:
                 continue
-            skipped = system["settings"].get("skip_text") and len(result["systems"]) - bool(is_reference) > 1
+            skipped = is_both and system["settings"].get("skip_text")
             name = system["name"] if is_reference else result["name"] + (", text skipped" if skipped else "")
             totals = {key: value for key, value in system["totals"].items() if key != "rtfx"}
             rows.append({**system, "name": name, "totals": totals})
