@@ -173,6 +173,9 @@ def test_questions_and_answers(model_and_processor, questions, speech_clips):
     has_speech = (batch["spectrogram_labels"] != -100).all(-1).any(-1)
     assert has_speech.tolist() == [True, False, True] and batch["task"] == "qa"
     assert torch.isfinite(model(**batch).loss)
+    later = TaskCollator({"qa": QACollator(processor, features_later=True)})
+    made = later.finish(later([dataset[i] for i in range(3)]))
+    assert made.keys() == batch.keys() and torch.equal(made["spectrogram_labels"], batch["spectrogram_labels"])
     # Another prompt than that of a continuation
     without = {key: value for key, value in batch.items() if key != "task"}
     assert not torch.equal(model(**batch).logits, model(**without).logits)
@@ -302,7 +305,7 @@ def test_spectrons_own_form(script, recordings, tmp_path):  # noqa: F811
 
 def test_streams_are_cut_too(script, recordings, tmp_path):  # noqa: F811
     more = ["--tasks", "continuation", *SPOKEN[2:], "--train_data", f"{recordings},streaming=true", "--max_steps", "2"]
-    run = train(script, *words(recordings, tmp_path / "run", *more))
+    run = train(script, *words(recordings, tmp_path / "run", *more, "--features_on_device"))
     assert run.stream_counts[1] >= 1  # shorter than a prompt and what follows
 
 
