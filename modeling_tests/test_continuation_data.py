@@ -173,6 +173,9 @@ def test_questions_and_answers(model_and_processor, questions, speech_clips):
     has_speech = (batch["spectrogram_labels"] != -100).all(-1).any(-1)
     assert has_speech.tolist() == [True, False, True] and batch["task"] == "qa"
     assert torch.isfinite(model(**batch).loss)
+    later = TaskCollator({"qa": QACollator(processor, features_later=True)})
+    made = later.finish(later([dataset[i] for i in range(3)]))
+    assert made.keys() == batch.keys() and torch.equal(made["spectrogram_labels"], batch["spectrogram_labels"])
     # Another prompt than that of a continuation
     without = {key: value for key, value in batch.items() if key != "task"}
     assert not torch.equal(model(**batch).logits, model(**without).logits)
@@ -195,6 +198,8 @@ def test_answers_are_read_as_they_are_published():
     assert read_answers('["a", "b"]') == ["a", "b"] and read_answers("[sic] a") == ["[sic] a"]
     webquestions = '(list (description "Jazmyn Bieber") (description Jaxon))'
     assert read_answers(webquestions) == ["Jazmyn Bieber", "Jaxon"]
+    assert read_answers({"text": ["a", "b"], "answer_start": [1, 2]}) == ["a", "b"]
+    assert read_answers({"value": "a", "aliases": ["A", "a."]}) == ["a", "A", "a."]
     assert read_answers(None) == [] and read_answers(1912) == ["1912"]
 
 
@@ -300,7 +305,7 @@ def test_spectrons_own_form(script, recordings, tmp_path):  # noqa: F811
 
 def test_streams_are_cut_too(script, recordings, tmp_path):  # noqa: F811
     more = ["--tasks", "continuation", *SPOKEN[2:], "--train_data", f"{recordings},streaming=true", "--max_steps", "2"]
-    run = train(script, *words(recordings, tmp_path / "run", *more))
+    run = train(script, *words(recordings, tmp_path / "run", *more, "--features_on_device"))
     assert run.stream_counts[1] >= 1  # shorter than a prompt and what follows
 
 

@@ -312,3 +312,74 @@ def test_arguments_that_do_not_fit(script, arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         script.prepare([*arguments.split(), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+# --- the ablation ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_miniature_study_is_understood_and_told(tmp_path, monkeypatch, capsys):
+    """Every argument of it is one of the scripts'; the page has a line for each variant, and one for the reference."""
+    from transformers import HfArgumentParser
+
+    from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrainingArguments
+
+    folder = ROOT / "scripts" / "studies"
+    spec = importlib.util.spec_from_file_location("spectron_ablation", folder / "spectron_ablation.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    calls = []
+    total = {"value": 0.5, "low": 0.4, "high": 0.6, "utterances": 2}
+
+    def call(name, arguments, log):
+        output = tmp_path / arguments["output_dir"]
+        calls.append((name, arguments))
+        output.mkdir(parents=True, exist_ok=True)
+        if name == "train.py":
+            parser = HfArgumentParser((ModelArguments, DataArguments, SpeechTrainingArguments))
+            *_, rest = parser.parse_args_into_dataclasses(
+                [*study.words(arguments), "--use_cpu"], return_remaining_strings=True
+            )
+            assert not rest
+            metrics = {"eval_continuation_text": 2.5, "eval_continuation_mean_error": 0.7}
+            if arguments.get("text_loss_weight") == 0:
+                metrics["eval_continuation_text"] = 0.0
+            summary = {
+                "metrics": metrics,
+                "parameters": {"all": 1234567},
+                "data": {"train": {"speech": {"continuation": {"num_clips": 9, "hours": 0.5}}}},
+            }
+            (output / "training_summary.json").write_text(json.dumps(summary))
+            return
+        names = {"output_dir", "data", "model", "text", "asr", "reference", *arguments}
+        assert names <= {
+            field for field in sys.modules["evaluate_continuation"].EvaluationArguments.__dataclass_fields__
+        }
+        systems = [
+            {"name": "natural continuation", "settings": {"kind": "reference"}, "totals": {"similarity": total}}
+        ]
+        for kind in arguments["text"]:
+            settings = {"kind": "continuation", "skip_text": kind == "skipped"}
+            systems.append({"name": arguments["model"], "settings": settings, "totals": {"similarity": total}})
+        systems = [{**system, "num_utterances": 2, "failed": []} for system in systems]
+        (output / "results.json").write_text(
+            json.dumps({"tasks": {"continuation": systems}, "judges": {"asr": "ours"}})
+        )
+
+    monkeypatch.setattr(study, "call", call)
+    spec = importlib.util.spec_from_file_location("evaluate_continuation", SCRIPT)
+    sys.modules["evaluate_continuation"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words = ["--train_data", "speech", "--eval_data", "speech", "--output_dir", str(tmp_path / "out"), "--reference"]
+    study.main([str(folder / "spectron_miniature.yaml"), *words, "--asr", "python:judge.listen"])
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert [name for name, _ in calls] == ["train.py", "evaluate_continuation.py"] * 5
+    lines = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    assert lines.count("natural continuation") == 1 and lines.count("as described, text skipped") == 1
+    assert (
+        lines.count("no text loss") == lines.count("no encoder") == 2
+        and "no intermediate text, text skipped" not in lines
+    )
+    assert "1,234,567 | – | 0.700" in page and "9 clips, 0.50 hours" in page and page in capsys.readouterr().out
+    (tmp_path / "bad.yaml").write_text("variants: {a: {trian: {}}}")
+    with pytest.raises(ValueError, match="has no trian"):
+        study.main([str(tmp_path / "bad.yaml"), *words])

@@ -73,11 +73,11 @@ def call(script: str, arguments: dict, log: Path) -> float:
     return time.perf_counter() - started
 
 
-def run_variant(name: str, variant: dict, study: dict, arguments, folder: Path) -> dict:
+def run_variant(name: str, variant: dict, study: dict, arguments, folder: Path, reference: bool) -> dict:
     """Trains and measures one variant.
 
     Returns:
-        `dict`: its name, what training measured at its end, its systems' totals, and the seconds that training took.
+        `dict`: its name, what training measured at its end, its systems' totals, and who judged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, measured = folder / "model", folder / "evaluation"
@@ -98,7 +98,7 @@ def run_variant(name: str, variant: dict, study: dict, arguments, folder: Path) 
         "output_dir": str(measured),
         **{key: getattr(arguments, key) for key in ("asr", "lm", "speaker_encoder") if getattr(arguments, key)},
     }
-    if arguments.reference:
+    if reference:
         evaluation["reference"] = "true"
     call("evaluate_continuation.py", evaluation, folder / "evaluate.log")
     summary = json.loads((model / "training_summary.json").read_text(encoding="utf-8"))
@@ -116,8 +116,8 @@ def run_variant(name: str, variant: dict, study: dict, arguments, folder: Path) 
 def training_table(results: list[dict]) -> str:
     """What teacher forcing gives on the evaluation data: comparable where the objective is not."""
     lines = [
-        ["variant", "parameters", "cross-entropy of the text", "mean error of the frames", "training, s"],
-        ["---"] * 5,
+        ["variant", "parameters", "cross-entropy of the text", "mean error of the frames"],
+        ["---"] * 4,
     ]
     for result in results:
         metrics = result["metrics"]
@@ -128,7 +128,6 @@ def training_table(results: list[dict]) -> str:
                 f"{result['parameters']:,}",
                 "–" if not text else f"{text:.3f}",
                 "–" if error is None else f"{error:.3f}",
-                f"{metrics['train_runtime']:.0f}",
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -136,12 +135,11 @@ def training_table(results: list[dict]) -> str:
 
 def generation_table(results: list[dict]) -> str:
     rows = []
-    for place, result in enumerate(results):
+    for result in results:
+        is_both = sum(system["settings"].get("kind") != "reference" for system in result["systems"]) > 1
         for system in result["systems"]:
             is_reference = system["settings"].get("kind") == "reference"
-            if is_reference and place:
-                continue
-            skipped = system["settings"].get("skip_text") and len(result["systems"]) - bool(is_reference) > 1
+            skipped = is_both and system["settings"].get("skip_text")
             name = system["name"] if is_reference else result["name"] + (", text skipped" if skipped else "")
             totals = {key: value for key, value in system["totals"].items() if key != "rtfx"}
             rows.append({**system, "name": name, "totals": totals})
@@ -191,7 +189,9 @@ def main(argv: list[str]) -> None:
     for number, (name, variant) in enumerate(study["variants"].items(), start=1):
         print(f"{number} of {len(study['variants'])}: {name}", flush=True)
         folder = arguments.output_dir / re.sub(r"\W+", "_", name).strip("_")
-        results.append(run_variant(name, variant or {}, study, arguments, folder))
+        # What really followed is the same for all
+        reference = arguments.reference and number == 1
+        results.append(run_variant(name, variant or {}, study, arguments, folder, reference))
     text = page(study, results, arguments)
     write_whole(arguments.page or arguments.output_dir / "results.md", text)
     print(text)

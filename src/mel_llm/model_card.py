@@ -163,6 +163,7 @@ def create_model_card(
         place=place,
         reads=reads,
         speaks=speaks,
+        goes_on=goes_on,
         has_code=with_code or bool(_read_json(folder / "config.json").get("auto_map")),
         is_adapter=bool(adapter),
         adapter_base=adapter_base,

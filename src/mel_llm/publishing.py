@@ -33,6 +33,7 @@ _FILES = (
     *("*_mel_llm.py", "modeling_mel_llm_*.py", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "CITATION.*"),
 )
 _FOLDERS = ("samples", "images", "assets", "media")
+_RESULTS = ".eval_results"
 _MEDIA = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".png", ".jpg", ".jpeg", ".webp", ".svg", ".gif")
 _SECRETS = {
     "a token of the Hub (hf_...)": rb"hf_[A-Za-z0-9]{30,}",
@@ -45,10 +46,10 @@ RECORDS = ("training_summary.json", "trainer_state.json")
 
 
 def repository_files(folder: Path) -> list[Path]:
-    """The files that a repository would consist of, sorted: all but hidden ones and folders."""
+    """The files that a repository would consist of, sorted: all but hidden ones and folders. (The Hub shows results in `.eval_results`.)"""
     found = []
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") or name == _RESULTS)
         found += [Path(root, name) for name in sorted(names) if not name.startswith(".")]
     return found
 
@@ -106,6 +107,8 @@ def _belongs(name: str, also: Sequence[str]) -> bool:
     if any(fnmatchcase(name, pattern) for pattern in also):
         return True
     folder, _, base = name.rpartition("/")
+    if folder == _RESULTS:
+        return base.endswith((".yaml", ".yml"))
     if folder == "additional_chat_templates":
         return base.endswith(".jinja")
     is_media = base.lower().endswith(_MEDIA)

@@ -536,7 +536,11 @@ def _as_file(audio: Any) -> dict[str, Any]:
 
 def read_answers(cell: Any) -> list[str]:
     """The answers that a cell holds: one text; a list, also one written in JSON, as the text files of this module hand
-    it over; or the `(list (description "..."))` of WebQuestions' own files. Empty ones are left out."""
+    it over; the dict of SQuAD (`text`) or TriviaQA (`value`, `aliases`); or the `(list (description "..."))` of
+    WebQuestions' own files. Empty ones are left out."""
+    if isinstance(cell, dict):
+        found = [cell.get(name) for name in ("value", "text", "aliases")]
+        return [answer for part in found if part is not None for answer in read_answers(part)]
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)
