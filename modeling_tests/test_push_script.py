@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, build_tiny
 from hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import filter_repo_objects, httpx
 from peft import get_peft_model
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig, create_model_card
@@ -100,11 +100,16 @@ def test_a_dry_run_checks_everything_and_uploads_nothing(push, hub, folder, caps
 def test_one_commit_brings_the_folder_and_takes_other_weights_away(push, hub, folder, capsys):
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x").write_text("not for the Hub")
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "mine.yaml").write_text("- value: 1")
+    (folder / ".env").write_text("SECRET=1")
     push.main([str(folder), "--repo", "ada/my-model", "--private", "--revision", "v2"])
     create, branch, (_, upload, names) = hub.calls
     assert create == ("create_repo", "ada/my-model", True, True) and branch == ("create_branch", "v2")
     assert upload["revision"] == "v2" and "model-*.safetensors" in upload["delete_patterns"]
-    assert ".*" in upload["ignore_patterns"] and "README.md" in names and "samples/0.wav" in names
+    files = ["README.md", ".cache/x", ".env", "samples/.x", ".eval_results/mine.yaml", "samples/0.wav"]
+    kept = set(filter_repo_objects(files, ignore_patterns=upload["ignore_patterns"]))
+    assert kept == {"README.md", ".eval_results/mine.yaml", "samples/0.wav"} and kept <= set(names)
     printed = capsys.readouterr()
     assert "https://hub.example/ada/my-model/commit/1" in printed.out and "old-notes.txt" in printed.err
     assert "hf_secret" not in printed.out + printed.err

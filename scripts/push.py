@@ -37,6 +37,10 @@ class Refused(Exception):
     """What the user is told in one line."""
 
 
+# Files that stay behind: all that are hidden, but for the results in .eval_results, which the Hub shows
+HIDDEN = (".[!e]*", ".e[!v]*")
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="push.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the folder that the repository is to hold")
@@ -85,7 +89,7 @@ def add_code(folder: Path, staged: Path) -> Path:
         return shutil.copy2(source, target)
 
     target = staged / folder.resolve().name
-    shutil.copytree(folder, target, copy_function=copy, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(folder, target, copy_function=copy, ignore=shutil.ignore_patterns(*HIDDEN))
     export_remote_code(target)
     return target
 
@@ -99,7 +103,7 @@ def upload(folder: Path, arguments: argparse.Namespace) -> str:
             repo_id,
             revision=arguments.revision,
             commit_message=arguments.message or f"Upload {folder.resolve().name} (mel_llm {mel_llm.__version__})",
-            ignore_patterns=[".*", "*/.*"],
+            ignore_patterns=[*HIDDEN, "*/.*"],
             delete_patterns=[*WEIGHT_FILES, *PROCESSOR_FILES],
         )
     except OfflineModeIsEnabled:
