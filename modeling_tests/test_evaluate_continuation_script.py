@@ -354,9 +354,8 @@ def test_the_miniature_study_is_understood_and_told(tmp_path, monkeypatch, capsy
         assert names <= {
             field for field in sys.modules["evaluate_continuation"].EvaluationArguments.__dataclass_fields__
         }
-        systems = [
-            {"name": "natural continuation", "settings": {"kind": "reference"}, "totals": {"similarity": total}}
-        ]
+        natural = {"name": "natural continuation", "settings": {"kind": "reference"}, "totals": {"similarity": total}}
+        systems = [natural] if arguments.get("reference") else []
         for kind in arguments["text"]:
             settings = {"kind": "continuation", "skip_text": kind == "skipped"}
             systems.append({"name": arguments["model"], "settings": settings, "totals": {"similarity": total}})

@@ -14,7 +14,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import yaml
@@ -56,21 +55,19 @@ def read_study(path: str) -> dict:
     return study
 
 
-def call(script: str, arguments: dict, log: Path) -> float:
-    """Runs a script, its output into a file; the seconds it took.
+def call(script: str, arguments: dict, log: Path) -> None:
+    """Runs a script, its output into a file.
 
     Raises:
         RuntimeError: It failed.
     """
     command = [sys.executable, str(SCRIPTS / script), *words(arguments)]
-    started = time.perf_counter()
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"{shlex.join(command)}\n")
         file.flush()
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         raise RuntimeError(f"{script} failed with exit code {code}; {log} says why.")
-    return time.perf_counter() - started
 
 
 def run_variant(name: str, variant: dict, study: dict, arguments, folder: Path, reference: bool) -> dict:
