@@ -19,12 +19,12 @@ from mel_llm.training import (
     QACollator,
     SpeechDataset,
     SpeechSource,
+    SpeechStream,
     TaskCollator,
     load_source,
     select_answered,
     select_clips,
     select_continuations,
-    stream_examples,
 )
 from mel_llm.training.sources import read_answers
 
@@ -218,8 +218,7 @@ def test_a_question_that_cannot_be_read_is_replaced_by_a_question(questions, rec
 
 def test_questions_can_stream(questions):
     data = load_source(SpeechSource(questions)).to_iterable_dataset()
-    examples, _ = stream_examples(data, buffer_size=0, task="qa")
-    examples = list(examples)
+    examples = SpeechStream(data, buffer_size=0, task="qa").take(9)
     assert len(examples) == 4 and examples[1]["answer_audio"] is None and len(examples[0]["answer_audio"]) > 8000
     assert all(example["answer"] for example in examples)
 

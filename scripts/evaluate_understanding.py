@@ -35,7 +35,7 @@ from mel_llm.evaluation.clip_scripts import (
 )
 from mel_llm.evaluation.clip_sets import ClipSet, load_clip_set
 from mel_llm.evaluation.speech_evaluation import write_whole
-from mel_llm.training.sources import ANSWER_COLUMNS, SpeechSource
+from mel_llm.training.sources import REPLY_COLUMNS, SpeechSource
 
 
 logger = logging.getLogger("evaluate")
@@ -77,9 +77,7 @@ class UnderstandingArguments(ClipArguments):
 
 def load_questions(spec: str, arguments: UnderstandingArguments, normalize) -> ClipSet:
     """A set in which every clip has a question and an answer, which is one of the choices if there are any."""
-    clips = load_clip_set(
-        SpeechSource.parse(spec), arguments.split, arguments.max_samples, text_columns=ANSWER_COLUMNS
-    )
+    clips = load_clip_set(SpeechSource.parse(spec), arguments.split, arguments.max_samples, text_columns=REPLY_COLUMNS)
     if any(session is not None for session in clips.sessions):
         raise ValueError(f"{clips.name}: `parent_id` and `chunk_index` are for transcripts, and not for answers.")
     clips.prompts = [prompt or arguments.instruction for prompt in clips.prompts]

@@ -40,6 +40,7 @@ ANSWER_AUDIO_COLUMNS = ("answer_audio", "answer_audio_filepath", "answer_file_na
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id", "voice")
 # What is asked about a clip; its answer then is in the place of the transcript
 INSTRUCTION_COLUMNS = ("instruction", "question")
+REPLY_COLUMNS = (*ANSWER_COLUMNS, "label")
 COLUMNS = ("audio", "text", "duration", "offset", "speaker", "instruction", "origin")
 
 _METADATA_FILES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
@@ -376,12 +377,12 @@ def _standardise(
     elif source.instruction is None and not is_spoken:
         # Data with transcripts beside its questions is read for them, unless answers are asked for or columns named
         has_answers = source.text_column is None and set(TEXT_COLUMNS).isdisjoint(names)
-        has_answers = has_answers and not {*ANSWER_COLUMNS, "label"}.isdisjoint(names)
+        has_answers = has_answers and not set(REPLY_COLUMNS).isdisjoint(names)
         if has_answers or text_columns is not None:
             instruction = next((name for name in INSTRUCTION_COLUMNS if name in names), None)
     is_asked = instruction is not None or source.instruction is not None
     if text_columns is None:
-        text_columns = (*ANSWER_COLUMNS, "label") if is_asked else (*TEXT_COLUMNS, "question")
+        text_columns = REPLY_COLUMNS if is_asked else (*TEXT_COLUMNS, "question")
     has_text = needs_text or source.text_column is not None or not set(text_columns).isdisjoint(names)
     text = _find_column(source, names, "text_column", tuple(text_columns)) if has_text else None
     answer, answer_audio = (None, None) if is_asked else _answer_columns(source, names)
@@ -573,6 +574,7 @@ __all__ = [
     "ANSWER_COLUMNS",
     "AUDIO_COLUMNS",
     "COLUMNS",
+    "REPLY_COLUMNS",
     "SPEAKING_TASKS",
     "TASKS",
     "TEXT_COLUMNS",
