@@ -118,7 +118,6 @@ def train(arguments: argparse.Namespace) -> None:
         ),
         train_dataset=tokenized(texts),
         eval_dataset=tokenized(eval_texts) if eval_texts else None,
-        # By row: the collator's own labels leave out every token that pads, and the end of text may be one
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     metrics = trainer.train().metrics
