@@ -25,7 +25,7 @@ from mel_llm.evaluation.speech_report import speech_table
 
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-_KNOWN = {"title", "train", "evaluate", "variants"}
+_KNOWN = {"title", "notes", "train", "evaluate", "variants"}
 
 
 def words(arguments: dict) -> list[str]:
@@ -153,6 +153,7 @@ def page(study: dict, results: list[dict], arguments) -> str:
     parts = [
         f"# {study['title']}",
         "Made by `scripts/studies/spectron_ablation.py`; do not edit.",
+        study.get("notes", ""),
         f"```bash\n{command}\n```",
         f"{environment['date']}, {environment['cpu']}, {environment['threads']} threads, no GPU, seed {seed}; torch "
         f"{versions['torch']}, transformers {versions['transformers']}. {clips['num_clips']} clips, {clips['hours']:.2f} hours; "
@@ -166,7 +167,7 @@ def page(study: dict, results: list[dict], arguments) -> str:
         "the same variant with other seeds is not in these intervals.",
         generation_table(results),
     ]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
 
 def main(argv: list[str]) -> None:
