@@ -204,20 +204,28 @@ class SpeechStream(torch.utils.data.IterableDataset):
         self, state: dict | None, rank: int, world_size: int, passes: int | None = None
     ) -> Iterator[tuple[dict, dict]]:
         """Shuffled rows, each with the state of the stream after it: the pass, the number of the stretch in it, where
-        the stretch began (None: with the pass), and how many of its rows were given out."""
-        from datasets.distributed import split_dataset_by_node
-
-        state = state or {"pass": 0, "stretch": 0, "start": None, "given": 0}
-        num_pass, stretch, start, given = (state[key] for key in ("pass", "stretch", "start", "given"))
+        the stretch began (None: with the pass), a number that tells its rows from others, and how many were given out."""
+        state = state or {"pass": 0, "stretch": 0, "start": None, "given": 0, "check": None}
+        num_pass, stretch, start, given, check = (state[key] for key in ("pass", "stretch", "start", "given", "check"))
         size = max(1, self.buffer_size)
         while passes is None or num_pass < passes:
-            source = self.stream if world_size == 1 else split_dataset_by_node(self.stream, rank, world_size)
-            if self.buffer_size:
-                # Of all processes alike: they divide the shards among them in this order
-                source.set_epoch(1 + int(np.random.SeedSequence([self.seed, num_pass]).generate_state(1)[0]) // 2)
-            source.load_state_dict(start)
-            rows = iter(source)
+            source, rows = self._open(num_pass, rank, world_size, start)
             current = _take(rows, size)
+            if check is not None and _check(current) != check:
+                # Not every release of `datasets` comes back to where it was (5.2 does). The rows before are read again.
+                logger.warning(
+                    "`datasets` did not come back to its place in the stream: the pass is read again up to there. A newer "
+                    "release may do better."
+                )
+                source, rows = self._open(num_pass, rank, world_size, None)
+                for _ in range(stretch * size):
+                    next(rows, None)
+                current = _take(rows, size)
+                if _check(current) != check:
+                    raise RuntimeError(
+                        "The stream has other rows than when the run was stopped, so it cannot go on where it was. "
+                        "--ignore_data_skip begins it anew with the weights of the checkpoint."
+                    )
             if not current and stretch == 0:
                 raise RuntimeError(
                     f"The stream has no rows for process {rank}: it has {self.stream.n_shards} shards for {world_size} "
@@ -225,18 +233,30 @@ class SpeechStream(torch.utils.data.IterableDataset):
                 )
             while current:
                 # The next stretch is read while this one is given out: both together are never more than the buffer
-                upcoming_start = source.state_dict()
+                upcoming_start, check = source.state_dict(), _check(current)
                 order = np.random.default_rng([self.seed, num_pass, stretch]).permutation(len(current))
                 upcoming: list[dict] = []
                 for place, index in enumerate(order):
                     upcoming += _take(rows, 1)
                     row, current[index] = current[index], None
                     if place >= given:
-                        yield row, {"pass": num_pass, "stretch": stretch, "start": start, "given": place + 1}
+                        after = {"pass": num_pass, "stretch": stretch, "start": start, "check": check}
+                        yield row, {**after, "given": place + 1}
                 if len(current) == size:
                     upcoming += _take(rows, size - len(upcoming))
                 current, start, given, stretch = upcoming, upcoming_start, 0, stretch + 1
-            num_pass, stretch, start, given = num_pass + 1, 0, None, 0
+            num_pass, stretch, start, given, check = num_pass + 1, 0, None, 0, None
+
+    def _open(self, num_pass: int, rank: int, world_size: int, start: dict | None) -> tuple[Any, Iterator[dict]]:
+        """The stream of a process in a pass, and its rows from a place on."""
+        from datasets.distributed import split_dataset_by_node
+
+        source = self.stream if world_size == 1 else split_dataset_by_node(self.stream, rank, world_size)
+        if self.buffer_size:
+            # Of all processes alike: they divide the shards among them in this order
+            source.set_epoch(1 + int(np.random.SeedSequence([self.seed, num_pass]).generate_state(1)[0]) // 2)
+        source.load_state_dict(start)
+        return source, iter(source)
 
     # --- stopping and going on --------------------------------------------------------------------------------------
 
@@ -340,6 +360,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"a state of the stream holds a {type(value).__name__}")
+
+
+def _check(rows: list[dict]) -> int:
+    return zlib.crc32("\0".join(f"{row['origin']}\0{row['text']}" for row in rows).encode())
 
 
 def _take(rows: Iterator[dict], count: int) -> list[dict]:
