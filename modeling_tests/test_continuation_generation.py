@@ -1,10 +1,13 @@
 """Going on with a prompt: what is generated is what training sees, alone and in batches, in text and in speech."""
 
 import copy
+import importlib.util
+import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_modeling_mel_llm_continuation import CONFORMER, build_continuing
 from transformers import GenerationConfig
 from transformers.utils import logging
@@ -357,3 +360,26 @@ def test_weights_without_numbers(continuing):
         model.speech_head.latent.bias.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="NaN or infinity"):
         model.generate(**prompts(1), **free())
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form, clips, steps, furthest", [("spectron", 2, 240, 0.15), ("ours", 2, 320, 0.25)])
+def test_recordings_are_learnt_and_gone_on_with(tmp_path, form, clips, steps, furthest):
+    """The joint objective on real speech: from the beginning of a recording the right words, and free-running the mel that
+    followed (mean error in deviations), with its end; also without the words in between, if less well."""
+    spec = importlib.util.spec_from_file_location("demo_continuation", ROOT / "scripts" / "demo_continuation.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    sizes = ("--clips", str(clips), "--steps", str(steps))
+    demo.main(["--output_dir", str(tmp_path), "--form", form, *sizes, "--plot"])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for clip in figures["text, then speech"]["clips"]:
+        assert clip["written"] == clip["said"]
+        assert clip["mel_l1"] < furthest and clip["stopped"]
+        assert abs(clip["frames"] - clip["real_frames"]) <= 0.15 * clip["real_frames"]
+    for clip in figures["speech alone"]["clips"]:
+        assert clip["written"] == "" and clip["mel_l1"] < 0.6  # of another recording it is 0.75 to 1.1
+    assert len(list(tmp_path.glob("*.wav"))) == clips and (tmp_path / "continuation.png").stat().st_size > 10_000

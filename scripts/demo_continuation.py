@@ -4,7 +4,7 @@ There is no trained checkpoint that goes on with what it hears yet. What this sh
 is written first, the loop that writes the spectrogram behind it, the stop and the vocoder work together; it says nothing about
 recordings that the model has not learnt.
 
-    python scripts/demo_continuation.py --output_dir .demo/continuation            # some six minutes on one CPU thread
+    python scripts/demo_continuation.py --output_dir .demo/continuation            # some six minutes of CPU time
     python scripts/demo_continuation.py --output_dir .demo/ours --form ours --plot # Mel-LLM's form, and a picture
 
 `--form spectron` is SPECTRON's: a Conformer encoder, frame by frame, nothing random, difference terms. `--form ours` has no
@@ -17,6 +17,7 @@ same without the text in between (`skip_text`).
 
 import argparse
 import csv
+import io
 import json
 import os
 import time
@@ -151,6 +152,7 @@ def go_on(model, processor, inputs: dict, clips, real, **options) -> tuple[dict,
 
 def plot(prompt, real, written, said: str, text: str, frame_rate: float, path: Path) -> None:
     from matplotlib.figure import Figure
+    from PIL import Image  # which matplotlib brings
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
@@ -165,14 +167,16 @@ def plot(prompt, real, written, said: str, text: str, frame_rate: float, path: P
         axis.set_title(title, fontsize=9, loc="left", wrap=True)
     axes[1].set_xlabel("time (s)")
     figure.colorbar(image, ax=axes, label="log-mel")
-    figure.savefig(path, dpi=90)
+    with io.BytesIO() as picture:
+        figure.savefig(picture, format="png", dpi=80)
+        Image.open(picture).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="where model, wav files and figures go")
     parser.add_argument("--form", choices=("spectron", "ours"), default="spectron")
-    parser.add_argument("--steps", type=int, default=700, help="training steps, each over all clips")
+    parser.add_argument("--steps", type=int, default=500, help="training steps, each over all clips")
     parser.add_argument("--clips", type=int, default=6, help="how many recordings, the shortest first")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--without_text", type=float, default=0.25, help="share of examples that go to speech at once")
@@ -180,7 +184,7 @@ def main() -> None:
     parser.add_argument(
         "--plot", action="store_true", help="write continuation.png: heard, recorded and generated mel"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)  # rather refused now than after the training
     clips = read_clips(arguments.clips)
