@@ -308,6 +308,17 @@ def test_streams_are_cut_too(script, recordings, tmp_path):  # noqa: F811
     assert run.stream_counts[1] >= 1  # shorter than a prompt and what follows
 
 
+def test_speech_alone(script, recordings, tmp_path):  # noqa: F811
+    more = ["--tasks", "continuation", *SPOKEN[2:], "--skip_text_probability", "1", "--max_steps", "2"]
+    more += ["--eval_data", f"{recordings},split=train"]
+    train(script, *words(recordings, tmp_path / "run", *more))
+    log = log_history(tmp_path / "run")
+    trained = [entry for entry in log if "loss" in entry]
+    assert len(trained) == 2 and all("continuation_text" not in entry for entry in trained)
+    assert all(entry["continuation_loss"] == pytest.approx(entry["loss"], rel=1e-3) for entry in trained)
+    assert any("eval_continuation_before" in entry and "eval_continuation_text" not in entry for entry in log)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -143,19 +143,20 @@ def generation_table(results: list[dict]) -> str:
     return speech_table(rows)
 
 
-def page(study: dict, results: list[dict], arguments) -> str:
+def page(study: dict, results: list[dict], arguments: list[str]) -> str:
+    """The page; `arguments` are those of the command line that made it."""
     environment = describe_environment()
     versions = environment["versions"]
     trained = next(iter(results[0]["data"]["train"].values()))
     clips = trained.get("continuation", trained)
     seed = study.get("train", {}).get("seed", 42)
-    command = without_local_paths(shlex.join(["python", *sys.argv]))
+    command = without_local_paths(shlex.join(["python", "scripts/studies/spectron_ablation.py", *arguments]))
     parts = [
         f"# {study['title']}",
         "Made by `scripts/studies/spectron_ablation.py`; do not edit.",
         study.get("notes", ""),
         f"```bash\n{command}\n```",
-        f"{environment['date']}, {environment['cpu']}, {environment['threads']} threads, no GPU, seed {seed}; torch "
+        f"{environment['date']}, {environment['cpu']}, {environment['threads']} thread{'s' if environment['threads'] != 1 else ''}, no GPU, seed {seed}; torch "
         f"{versions['torch']}, transformers {versions['transformers']}. {clips['num_clips']} clips, {clips['hours']:.2f} hours; "
         f"{study['train'].get('max_steps')} steps of {study['train'].get('per_device_train_batch_size')}. "
         + " ".join(f"{name}: {text}." for name, text in results[0]["judges"].items()),
@@ -190,7 +191,7 @@ def main(argv: list[str]) -> None:
         # What really followed is the same for all
         reference = arguments.reference and number == 1
         results.append(run_variant(name, variant or {}, study, arguments, folder, reference))
-    text = page(study, results, arguments)
+    text = page(study, results, argv)
     write_whole(arguments.page or arguments.output_dir / "results.md", text)
     print(text)
 

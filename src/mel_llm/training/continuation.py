@@ -148,7 +148,7 @@ class ContinuationCollator:
         cut ([`PromptCut`]): Where each clip is cut. One that is too short for it all the same is cut in the middle, so that
             one strange clip does not end a run: [`select_continuations`] leaves such clips out beforehand.
         skip_text_probability (`float`, defaults to 0.0): Share of the examples in training that are without the text: the
-            model then learns to go on without it, too (ours).
+            model then learns to go on without it, too (ours). With 1 there is none in evaluation either.
         audio_column, text_column: Keys of an example; its audio is a waveform `(samples,)` at the processor's rate.
         features_later (`bool`, defaults to `False`): Leave the waveforms in the batch, for [`SpeechTrainer`] to make
             the features on the model's device.
@@ -181,9 +181,8 @@ class ContinuationCollator:
             prompts.append(audio[:place])
             continuations.append(audio[place:])
         texts = [self.processor.continuation_text_ids(example[self.text_column]) for example in examples]
-        seeds = [example.get("augment_seed") for example in examples]
         batch = {
-            "labels": _labels(texts, seeds, self.skip_text_probability),
+            "labels": _labels(texts, examples, self.skip_text_probability),
             "raw_speech": prompts,
             "raw_continuations": continuations,
         }
@@ -230,12 +229,9 @@ class QACollator:
             for example in examples
         ]
         spoken = [example[self.answer_audio_column] for example in examples]
-        seeds = [
-            None if audio is None else example.get("augment_seed")
-            for example, audio in zip(examples, spoken, strict=True)
-        ]
+        unspoken = [index for index, audio in enumerate(spoken) if audio is None]
         batch = {
-            "labels": _labels(texts, seeds, self.skip_text_probability),
+            "labels": _labels(texts, examples, self.skip_text_probability, unspoken),
             "raw_speech": [np.asarray(example[self.audio_column], dtype=np.float32) for example in examples],
             "raw_continuations": spoken,
         }
@@ -251,12 +247,15 @@ def _check_share(value: float) -> None:
         raise ValueError(f"skip_text_probability must be a share from 0 to 1, got {value}.")
 
 
-def _labels(texts: list[list[int]], seeds: list[int | None], skip_probability: float) -> torch.Tensor:
-    """Token ids `(batch, tokens)`, padded on the right with -100; nothing of a text that is dropped. The model adds the
-    end."""
+def _labels(texts: list[list[int]], examples: list[dict], skip_probability: float, kept=()) -> torch.Tensor:
+    """Token ids `(batch, tokens)`, padded on the right with -100; nothing of a text that is dropped, which those of the
+    rows `kept` are not. The model adds the end."""
     rows = []
-    for ids, seed in zip(texts, seeds, strict=True):
-        dropped = seed is not None and np.random.default_rng([seed, _DROP]).random() < skip_probability
+    for index, (ids, example) in enumerate(zip(texts, examples, strict=True)):
+        seed = example.get("augment_seed")
+        chance = 1.0 if seed is None else np.random.default_rng([seed, _DROP]).random()
+        # A model that learns no text at all is evaluated without, too
+        dropped = index not in kept and (skip_probability == 1 or chance < skip_probability)
         rows.append(torch.tensor([-100] if dropped else ids, dtype=torch.long))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 

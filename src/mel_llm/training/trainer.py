@@ -330,7 +330,10 @@ def _terms_of(outputs, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _weight(inputs: dict[str, Any]) -> torch.Tensor | int:
-    """What a batch counts in means over batches: its tokens, or its frames, as in the losses themselves."""
+    """What a batch counts in means over batches: its tokens, or its frames, as in the losses themselves; or its examples,
+    where each term counts something else."""
+    if "spectrogram_labels" in inputs:
+        return len(inputs["spectrogram_labels"])
     return (inputs["labels"] != -100).sum() if inputs.get("labels") is not None else 1
 
 
