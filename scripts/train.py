@@ -111,6 +111,7 @@ from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrai
 logger = logging.getLogger("train")
 
 SUMMARY = "training_summary.json"
+EVALUATION = "Evaluation"
 RANDOM_PARTS = ("backbone", "encoder", "audio")
 AUGMENTATIONS = ("speed_factors", "spec_augment", "conditions", "voice_warp", "voice_pairs")
 
@@ -321,11 +322,6 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
         )
         logger.info(f"{what} data from {source.place}: {report}")
         reports[source.place] = report.to_dict()
-        if tasks_of(source, data, data_args.tasks) != ["asr"] and any(data["instruction"]):
-            raise ValueError(
-                f"{source.place} has questions about its clips, which are for reading alone: write {source.place},task=asr; "
-                f"or, if the clips are spoken questions, {source.place},task=qa."
-            )
         for task in tasks_of(source, data, data_args.tasks):
             rows, lengths = selected, seconds
             if task in ("continuation", "qa"):
@@ -338,9 +334,34 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
             rows = rows.add_column("task", [task] * len(lengths))
             selections.append(Selection(source, task, rows, lengths))
     for task in data_args.tasks:
-        if not any(selection.seconds for selection in selections if selection.task == task):
+        of_task = [selection for selection in selections if selection.task == task]
+        if what == EVALUATION and not of_task and len(data_args.tasks) > 1:
+            logger.warning(f"--eval_data has no source for {task}, which is not evaluated.")
+        elif not any(selection.seconds for selection in of_task):
             raise ValueError(f"No clip of the {what} data is left to use for {task}; the reasons are above.")
     return selections, reports
+
+
+def asks(data) -> bool:
+    """Whether there are questions about the clips; of a stream its beginning tells."""
+    rows = data.take(100) if hasattr(data, "n_shards") else [{"instruction": one} for one in data["instruction"]]
+    return any(row["instruction"] is not None for row in rows)
+
+
+def check_questions(sources: list[SpeechSource], datasets_: list, tasks: list[str], ctc_only_steps: int) -> None:
+    for source, data in zip(sources, datasets_, strict=True):
+        served = tasks_of(source, data, tasks)
+        if (served == ["asr"] and not ctc_only_steps) or not asks(data):
+            continue
+        if served != ["asr"]:
+            raise ValueError(
+                f"{source.place} has questions about its clips, which are for reading alone: write {source.place},task=asr; "
+                f"or, if the clips are spoken questions, {source.place},task=qa."
+            )
+        raise ValueError(
+            f"{source.place} has questions about its clips, of which the CTC head learns nothing: --ctc_only_steps is for "
+            "transcripts alone. Train on these first."
+        )
 
 
 def tasks_of(source: SpeechSource, data, tasks: list[str]) -> list[str]:
@@ -406,7 +427,9 @@ def budget_sampler(
         ValueError: A clip is beyond the budget by itself.
     """
     audio = [counter.audio(selection.seconds, selection.task) for selection in selections]
-    text = [counter.text(selection.rows["text"], selection.task) for selection in selections]
+    text = [
+        counter.text(selection.rows["text"], selection.task, selection.rows["instruction"]) for selection in selections
+    ]
     audio_tokens, text_tokens = np.concatenate(audio), np.concatenate(text)
     total = audio_tokens + text_tokens
     if total.max() > data_args.max_batch_tokens:
@@ -856,6 +879,8 @@ def prepare(argv: list[str]) -> Run | None:
                 f"{source.place} has no answers to learn --tasks qa from. Name their column: {source.place},"
                 "answer_column=..."
             )
+    check_questions(sources, train_data, data_args.tasks, training_args.ctc_only_steps)
+    check_questions(eval_sources, eval_data, data_args.tasks, 0)
     streaming = any(source.streaming for source in sources)
     if streaming and data_args.voice_pairs:
         raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
@@ -959,15 +984,16 @@ def prepare(argv: list[str]) -> Run | None:
             )
         longest = max(lengths)
     if eval_sources:
-        chosen, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
+        chosen, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, EVALUATION)
         eval_sets = {
             task: SpeechDataset(rows_of([selection for selection in chosen if selection.task == task]), rate)
             for task in data_args.tasks
+            if any(selection.task == task for selection in chosen)
         }
         if not streaming:
             trained = set(clips_of(train_set.data))
             setup["eval_clips_trained_on"] = sum(clip in trained for clip in clips_of(rows_of(chosen)))
-        eval_set = eval_sets if len(eval_sets) > 1 else eval_sets[data_args.tasks[0]]
+        eval_set = eval_sets if len(data_args.tasks) > 1 else eval_sets[data_args.tasks[0]]
 
     audio_config = model.config.audio_config
     if is_new or not has_statistics(model):
