@@ -281,7 +281,13 @@ def test_questions_about_clips_and_spoken_ones_in_one_run(script, recordings, qu
     stopped_at(whole, cut, 4)
     train(script, *words(recordings, cut, *common))
     assert losses(cut) == losses(whole) and len(losses(cut)) == 8
-    assert json.loads((cut / "training_summary.json").read_text())["metrics"]["eval_asr_wer"] > 0
+    summary = json.loads((cut / "training_summary.json").read_text())
+    assert summary["metrics"]["eval_asr_wer"] > 0 and summary["setup"]["eval_data"][0]["asks"]
+    assert list(summary["data"]["train"]) == ["recordings", "recordings (2)", "questions"]
+    assert "continuation" in summary["data"]["train"]["recordings"]
+    card = (cut / "README.md").read_text()
+    assert "answers to questions about the recordings" in card and "model-index" not in card
+    assert "| `recordings`, split train, task asr | 10 |" in card and "| `questions`, split train | 4 |" in card
 
 
 @pytest.mark.parametrize("task", ["continuation", "qa"])

@@ -56,7 +56,7 @@ from mel_llm import (
     MelLLMVocoderConfig,
     export_remote_code,
 )
-from mel_llm.card_results import local_name, local_names
+from mel_llm.card_results import local_name, local_names, source_keys
 from mel_llm.conversion import from_text_llm, parse_layers
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMProjector
@@ -310,7 +310,8 @@ class Selection:
 def select_all(sources, datasets_, processor, data_args: DataArguments, what: str) -> tuple[list[Selection], dict]:
     """What is kept of each source, for each task that it serves, and the reports."""
     selections, reports = [], {}
-    for source, data in zip(sources, datasets_, strict=True):
+    keys = source_keys(source.place for source in sources)
+    for source, data, key in zip(sources, datasets_, keys, strict=True):
         selected, seconds, report = select_clips(
             data,
             processor.tokenizer,
@@ -321,7 +322,7 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
             source.hours,
         )
         logger.info(f"{what} data from {source.place}: {report}")
-        reports[source.place] = report.to_dict()
+        reports[key] = report.to_dict()
         for task in tasks_of(source, data, data_args.tasks):
             rows, lengths = selected, seconds
             if task in ("continuation", "qa"):
@@ -330,7 +331,7 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
                 else:
                     rows, lengths, narrower = select_continuations(selected, seconds, report, prompt_cut(data_args))
                 logger.info(f"Of these, for {task}: {narrower}")
-                reports[source.place][task] = narrower.to_dict()
+                reports[key][task] = narrower.to_dict()
             rows = rows.add_column("task", [task] * len(lengths))
             selections.append(Selection(source, task, rows, lengths))
     for task in data_args.tasks:
@@ -900,6 +901,8 @@ def prepare(argv: list[str]) -> Run | None:
         logger.info("--features_on_device: there is no GPU, so features are made on the CPU, in this process.")
 
     setup = describe_setup(model_args, data_args, sources, eval_sources)
+    for described, data in zip(setup["eval_data"], eval_data, strict=True):
+        described["asks"] = asks(data)  # its error rates are of answers
     if checkpoint is not None:
         # What began as something else is a Mel-LLM by now, with a tokenizer and a normalisation of its own
         base = Path(training_args.output_dir) / "base"
@@ -1115,7 +1118,10 @@ def without_places(setup: dict, reports: dict) -> tuple[dict, dict]:
     }
     began = setup["model_name_or_path"]
     named["model_name_or_path"] = local_name(began) if began and setup["model_is_local"] else began
-    reports = {kind: {names[place]: report for place, report in of.items()} for kind, of in reports.items()}
+    for kind in reports:
+        keys, shown = (source_keys(one["place"] for one in of[f"{kind}_data"]) for of in (setup, named))
+        new = dict(zip(keys, shown, strict=True))
+        reports = {**reports, kind: {new[key]: report for key, report in reports[kind].items()}}
     return {**setup, **named}, reports
 
 
