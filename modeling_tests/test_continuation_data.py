@@ -290,6 +290,30 @@ def test_questions_about_clips_and_spoken_ones_in_one_run(script, recordings, qu
     assert "| `recordings`, split train, task asr | 10 |" in card and "| `questions`, split train | 4 |" in card
 
 
+def test_a_source_of_no_use_for_a_task_has_no_share_in_it(script, recordings, questions, speech_clips, tmp_path):  # noqa: F811
+    short = write(tmp_path / "short", [{**clip, "array": clip["array"][:12000]} for clip in speech_clips[:4]])
+    more = ["--tasks", "asr,continuation,qa", *SPOKEN[2:], "--task_weights", "1", "2", "1"]
+    run = script.prepare(words(recordings, tmp_path / "run", *more, "--train_data", short, recordings, questions))
+    assert run.reports["train"][short]["continuation"]["num_clips"] == 0
+    order = [index for _, index in run.trainer.train_sampler]
+    tasks = np.array(run.trainer.train_dataset.data["task"])[order]
+    assert np.mean(tasks == "continuation") == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_ctc_head_has_batches_of_transcripts(script, recordings, tmp_path):  # noqa: F811
+    """Beside questions, from which it learns nothing."""
+    asked = f"{recordings},text_column=text,instruction=Is it long?"
+    ctc = [*SCRATCH[:2], "--audio_config", '{"conv_channels": 8, "hidden_size": 32, "ctc_weight": 0.3}']
+    more = ["--train_data", recordings, asked, *ctc]
+    for size in (["--per_device_train_batch_size", "2"], ["--max_batch_tokens", "400"]):
+        run = script.prepare(words(recordings, tmp_path / "run", *more, *size))
+        asks = [batch.get("transcript_bytes") is None for batch in run.trainer.get_train_dataloader()]
+        assert sum(asks) == len(asks) / 2 >= 2
+    for name, value in (("--ctc_only_steps", "2"), ("--label_smoothing_factor", "0.1")):
+        with pytest.raises(ValueError, match=f"{name} is for"):
+            script.prepare(words(recordings, tmp_path / "run", *more, name, value))
+
+
 @pytest.mark.parametrize("task", ["continuation", "qa"])
 def test_streams_of_every_task_go_on(script, recordings, questions, tmp_path, task):  # noqa: F811
     place = questions if task == "qa" else recordings

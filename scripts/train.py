@@ -340,13 +340,14 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
             logger.warning(f"--eval_data has no source for {task}, which is not evaluated.")
         elif not any(selection.seconds for selection in of_task):
             raise ValueError(f"No clip of the {what} data is left to use for {task}; the reasons are above.")
-    return selections, reports
+    # A source may be of no use for one of the tasks, and has no share in it then
+    return [selection for selection in selections if selection.seconds], reports
 
 
 def asks(data) -> bool:
     """Whether there are questions about the clips; of a stream its beginning tells."""
-    rows = data.take(100) if hasattr(data, "n_shards") else [{"instruction": one} for one in data["instruction"]]
-    return any(row["instruction"] is not None for row in rows)
+    asked = (row["instruction"] for row in data.take(100)) if hasattr(data, "n_shards") else data["instruction"]
+    return any(one is not None for one in asked)
 
 
 def check_questions(sources: list[SpeechSource], datasets_: list, tasks: list[str], ctc_only_steps: int) -> None:
@@ -386,6 +387,14 @@ def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfi
                 f"CTC learns nothing from {count} of {len(places)} clips of {selection.source.place}: they have more letters "
                 f"than the {rate:g} places a second that the head has. Raise `ctc_rate` in --audio_config."
             )
+
+
+def kinds_of(selections: list[Selection], spells: bool) -> list[str]:
+    """What the clips of a batch have in common: the task; with a CTC head (`spells`), which learns nothing from batches with
+    questions, also whether there are any."""
+    return [
+        f"{selection.task}, asked" if spells and asks(selection.rows) else selection.task for selection in selections
+    ]
 
 
 def rows_of(selections: list[Selection]):
@@ -448,7 +457,7 @@ def budget_sampler(
         [len(selection.seconds) for selection in selections],
         mixing_weights(selections, data_args),
         training_args.seed,
-        [selection.task for selection in selections],
+        kinds_of(selections, counter.audio_config.ctc_weight > 0),
         counter.packed,
         training_args.world_size,
         training_args.process_index,
@@ -878,10 +887,12 @@ def prepare(argv: list[str]) -> Run | None:
         if "qa" in tasks_of(source, data, data_args.tasks) and "answers" not in (data.column_names or ()):
             raise ValueError(
                 f"{source.place} has no answers to learn --tasks qa from. Name their column: {source.place},"
-                "answer_column=..."
+                f"answer_column=...; or, if the clips are spoken questions, write {source.place},task=qa."
             )
     check_questions(sources, train_data, data_args.tasks, training_args.ctc_only_steps)
     check_questions(eval_sources, eval_data, data_args.tasks, 0)
+    if training_args.label_smoothing_factor and not all(asks(data) for data in train_data):
+        raise ValueError("--label_smoothing_factor is for questions about recordings: transcripts are learnt without.")
     streaming = any(source.streaming for source in sources)
     if streaming and data_args.voice_pairs:
         raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
@@ -981,7 +992,7 @@ def prepare(argv: list[str]) -> Run | None:
                 mixing_weights(selections, data_args),
                 training_args.train_batch_size * training_args.world_size,
                 training_args.seed,
-                [selection.task for selection in selections],
+                kinds_of(selections, model.config.audio_config.ctc_weight > 0),
                 data_args.group_by_length,
                 train_set.epoch_lengths if data_args.voice_pairs else None,
             )

@@ -151,7 +151,7 @@ def create_model_card(
             + (["lora"] if adapter.get("peft_type") == "LORA" else []),
             "base_model": adapter_base or base_model,
             "base_model_relation": ("adapter" if adapter else "finetune") if adapter_base or base_model else None,
-            "datasets": [row["id"] for row in rows if row["id"]],
+            "datasets": list(dict.fromkeys(row["id"] for row in rows if row["id"])),
         },
         name,
         [*results, *while_training],
