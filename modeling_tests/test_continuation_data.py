@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import soundfile
 import torch
 from conftest import build_tiny
 from test_joint_training import SPEECH, log_history
-from test_train_script import SCRATCH, script, train, words  # noqa: F401  (fixtures among them)
+from test_train_script import SCRATCH, losses, script, train, words  # noqa: F401  (fixtures among them)
 from transformers import AutoProcessor
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMForSpeechContinuation, MelLLMSpeechConfig, MelLLMVocoderConfig
@@ -252,6 +253,79 @@ def test_one_run_of_all_tasks(script, recordings, questions, tmp_path):  # noqa:
     assert processor.continuation_prompt_ids("qa") == (model.config.qa_prefix_ids, model.config.qa_suffix_ids)
 
 
+def stopped_at(whole, cut, step: int) -> None:
+    """What a run that was killed leaves: a checkpoint and no more."""
+    shutil.copytree(whole / f"checkpoint-{step}", cut / f"checkpoint-{step}")
+    if (whole / "base").is_dir():
+        shutil.copytree(whole / "base", cut / "base")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--packing"], ["--features_on_device"], ["--lora", "small", "--freeze_layers", "1", "--packing"]],
+    ids=["packed", "device", "adapters"],
+)
+def test_questions_about_clips_and_spoken_ones_in_one_run(script, recordings, questions, tmp_path, more):  # noqa: F811
+    """All that a source can be, and all tasks; stopped, it goes on exactly. Reading is evaluated on questions alone."""
+    asked = f"{recordings},task=asr,text_column=text,instruction=Is it long?"
+    data = ["--train_data", recordings, asked, questions, "--eval_data", f"{asked},split=train"]
+    steps = ["--max_steps", "8", "--save_steps", "4", "--save_strategy", "steps", "--save_total_limit", "9"]
+    common = ["--tasks", "asr,tts,continuation,qa", *SPOKEN[2:], *data, *steps, *more, "--spec_augment"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = train(script, *words(recordings, whole, *common))
+    rows = run.trainer.train_dataset.data
+    pairs = set(zip(rows["task"], rows["instruction"], strict=True))
+    assert pairs == {("asr", None), ("asr", "Is it long?"), ("tts", None), ("continuation", None), ("qa", None)}
+    names = {name for entry in log_history(whole) for name in entry}
+    assert {"asr_loss", "eval_asr_loss", "eval_asr_wer"} <= names and "eval_tts_loss" not in names
+    stopped_at(whole, cut, 4)
+    train(script, *words(recordings, cut, *common))
+    assert losses(cut) == losses(whole) and len(losses(cut)) == 8
+    summary = json.loads((cut / "training_summary.json").read_text())
+    assert summary["metrics"]["eval_asr_wer"] > 0 and summary["setup"]["eval_data"][0]["asks"]
+    assert list(summary["data"]["train"]) == ["recordings", "recordings (2)", "questions"]
+    assert "continuation" in summary["data"]["train"]["recordings"]
+    card = (cut / "README.md").read_text()
+    assert "answers to questions about the recordings" in card and "model-index" not in card
+    assert "| `recordings`, split train, task asr | 10 |" in card and "| `questions`, split train | 4 |" in card
+
+
+def test_a_source_of_no_use_for_a_task_has_no_share_in_it(script, recordings, questions, speech_clips, tmp_path):  # noqa: F811
+    short = write(tmp_path / "short", [{**clip, "array": clip["array"][:12000]} for clip in speech_clips[:4]])
+    more = ["--tasks", "asr,continuation,qa", *SPOKEN[2:], "--task_weights", "1", "2", "1"]
+    run = script.prepare(words(recordings, tmp_path / "run", *more, "--train_data", short, recordings, questions))
+    assert run.reports["train"][short]["continuation"]["num_clips"] == 0
+    order = [index for _, index in run.trainer.train_sampler]
+    tasks = np.array(run.trainer.train_dataset.data["task"])[order]
+    assert np.mean(tasks == "continuation") == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_ctc_head_has_batches_of_transcripts(script, recordings, tmp_path):  # noqa: F811
+    """Beside questions, from which it learns nothing."""
+    asked = f"{recordings},text_column=text,instruction=Is it long?"
+    ctc = [*SCRATCH[:2], "--audio_config", '{"conv_channels": 8, "hidden_size": 32, "ctc_weight": 0.3}']
+    more = ["--train_data", recordings, asked, *ctc]
+    for size in (["--per_device_train_batch_size", "2"], ["--max_batch_tokens", "400"]):
+        run = script.prepare(words(recordings, tmp_path / "run", *more, *size))
+        asks = [batch.get("transcript_bytes") is None for batch in run.trainer.get_train_dataloader()]
+        assert sum(asks) == len(asks) / 2 >= 2
+    for name, value in (("--ctc_only_steps", "2"), ("--label_smoothing_factor", "0.1")):
+        with pytest.raises(ValueError, match=f"{name} is for"):
+            script.prepare(words(recordings, tmp_path / "run", *more, name, value))
+
+
+@pytest.mark.parametrize("task", ["continuation", "qa"])
+def test_streams_of_every_task_go_on(script, recordings, questions, tmp_path, task):  # noqa: F811
+    place = questions if task == "qa" else recordings
+    more = ["--tasks", task, *SPOKEN[2:], "--train_data", f"{place},streaming=true", "--skip_text_probability", "0.3"]
+    more += ["--max_steps", "6", "--save_steps", "3", "--save_strategy", "steps", "--shuffle_buffer", "3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(script, *words(place, whole, *more))
+    stopped_at(whole, cut, 3)
+    train(script, *words(place, cut, *more))
+    assert losses(cut) == losses(whole) and len(losses(cut)) == 6
+
+
 def test_a_reader_learns_to_go_on(script, recordings, tiny_folder, tmp_path):  # noqa: F811
     """One that was saved before there was such a task; with adapters, and the base that they need."""
     from mel_llm import MelLLMForSpeechSeq2Seq
@@ -338,6 +412,9 @@ def test_what_cannot_work_is_told_before_training(script, recordings, tmp_path, 
     ("arguments", "message"),
     [
         (["--tasks", "continuation", "--prompt_seconds", "4", "2"], "--prompt_seconds must be"),
+        (["--tasks", "qa", "--max_batch_tokens", "500"], "not of continuation and qa"),
+        (["--tasks", "asr,continuation", "--max_batch_tokens", "500"], "not of continuation and qa"),
+        (["--tasks", "continuation,qa", "--packing"], "--packing is for reading"),
         (["--tasks", "asr", "--prompt_fraction", "0.5"], "--prompt_fraction is for --tasks continuation"),
         (["--tasks", "continuation", "--skip_text_probability", "1.5"], "--skip_text_probability must be"),
         (["--tasks", "asr", "--text_loss_weight", "0"], "--text_loss_weight must be at least 0, and is for --tasks"),

@@ -138,6 +138,21 @@ def test_rates_on_clips_that_were_trained_on_are_no_results(model_folder, seen):
     assert ("was trained on these clips**" in text) == bool(seen) and ("is not recorded" in text) == (seen is None)
 
 
+def test_two_parts_of_a_dataset_have_a_row_each(model_folder):
+    parts = [{"place": "org/speech", "config": name, "split": "train", "is_local": False} for name in ("a", "b")]
+    evaluated = [{"place": "prompts", "split": "test", "is_local": True, "asks": True}]
+    setup = {**SUMMARY["setup"], "train_data": parts, "eval_data": evaluated}
+    reports = {"org/speech": {"num_clips": 7, "hours": 1.5}, "org/speech (2)": {"num_clips": 8, "hours": 2.5}}
+    summary = {**SUMMARY, "setup": setup, "data": {"train": reports, "eval": {"prompts": {"num_clips": 40}}}}
+    (model_folder / "training_summary.json").write_text(json.dumps(summary))
+    create_model_card(model_folder)
+    text, data = read(model_folder)
+    assert data["datasets"] == ["org/speech"] and "config a, split train | 7 | 1.50" in text
+    assert "config b, split train | 8 | 2.50" in text
+    # Its error rate is one of answers to questions
+    assert "12.34" in text and "answers to questions about the recordings" in text and "model-index" not in data
+
+
 def test_results_come_with_their_commands_and_bounds(speaking_folder, tmp_path):
     (tmp_path / "speech.json").write_text(json.dumps(SPEECH))
     (tmp_path / "wer.json").write_text(json.dumps({"wer": 0.0712, "cer": 0.02, "rtfx": 30.0, "substitutions": 4}))

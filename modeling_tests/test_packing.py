@@ -72,6 +72,26 @@ def test_packed_is_unpadded_with_other_audio_sides(tokenizer, speech_clips, audi
     assert_packed_is_unpadded(model, processor, examples_of(speech_clips))
 
 
+def with_questions(examples) -> list[dict]:
+    """All but the first ask something, in more words from one to the next."""
+    asked = ("Who?", "Which emotion is in this voice?", "What is heard here, in a word?")
+    return [examples[0], *({**one, "instruction": text} for one, text in zip(examples[1:], asked, strict=True))]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_questions_are_packed_too(tokenizer, speech_clips, family):
+    """The first clip, whose transcript is wanted, has the loss that it has in a batch without questions."""
+    model, processor = build_tiny(tokenizer, family)
+    examples = with_questions(examples_of(speech_clips))
+    assert_packed_is_unpadded(model, processor, examples)
+    later = PackedTranscriptionCollator(processor, config=model.config, features_later=True)
+    waiting = later(examples)
+    row = later.finish(waiting, device="cpu")
+    assert (waiting["labels"] != -100).sum() == row["labels"].numel() == len(row["logits_to_keep"])
+    ids = row["input_ids"][0]
+    assert torch.equal(ids[row["logits_to_keep"] + 1], row["labels"][0])
+
+
 def test_packed_is_unpadded_with_adapters_and_a_speech_head(tokenizer, speech_clips):
     model, processor = build_tiny(tokenizer, speech_config={})
     adapted = get_peft_model(model, lora_config(model, "small", lora_dropout=0.0))

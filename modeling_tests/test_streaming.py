@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from test_train_script import SCRATCH, SCRIPT, finish, folder, launch, losses, script, words  # noqa: F401  (fixtures)
 
 from mel_llm.training import (
+    PackedTranscriptionCollator,
     SpeechSource,
     SpeechStream,
     SpeedPerturbation,
@@ -190,6 +191,23 @@ def test_a_place_of_another_reading_is_refused(table, tmp_path):
             other.load_state(tmp_path, workers, batches, 10)
 
 
+def test_questions_in_a_stream_count_with_the_budget(table, tiny):
+    model, processor = tiny
+    asked = "Which emotion is in this voice, and what else is heard in the room around it?"
+    for packed in ((), ("asr",)):
+        counter = TokenCounter(processor, model.config, packed=packed)
+        stream = SpeechStream(source(table, text_column="text", instruction=asked), buffer_size=8, max_tokens=400, counter=counter)
+        batches = [batch for batch, _ in islice(stream, 6)]
+        assert all(example["instruction"] == asked for batch in batches for example in batch)
+        collator = TranscriptionCollator(processor)
+        if packed:
+            collator = PackedTranscriptionCollator(processor, config=model.config)
+        sizes = [collator(batch)["input_ids"].numel() for batch in batches]
+        assert max(sizes) <= 400 and np.mean(sizes) > 200 and len(batches[0]) > 1
+    with pytest.raises(ValueError, match="max_tokens. is for asr, tts, not for 'qa'"):
+        stream_of(table, max_tokens=400, counter=counter, task="qa")
+
+
 # --- in the training script -----------------------------------------------------------------------------------------
 
 
@@ -234,6 +252,7 @@ def test_what_a_stream_cannot_do_is_told_before_training(script, folder, tmp_pat
         (["--save_strategy", "epoch"], "A stream has no epochs"),
         (["--max_batch_tokens", "20"], "a clip of 30 s takes"),
         (["--min_seconds", "29"], "not one clip that can be used"),
+        (["--tasks", "tts", "--train_data", f"{data[1]},text_column=text,instruction=Who?"], "for reading alone"),
     ):
         with pytest.raises(ValueError, match=message):
             script.prepare(words(folder, tmp_path / "run", *data, *more))

@@ -137,6 +137,28 @@ def test_the_counter_counts_what_the_model_computes_on(tokenizer, folder, speech
     assert slow.audio([1.0])[0] == counter.audio([2.0])[0] and slow.audio([1.0], "tts")[0] == counter.audio([1.0])[0]
 
 
+def test_the_counter_counts_what_is_asked(tokenizer, folder, speech_clips):  # noqa: F811
+    model, processor = build_tiny(tokenizer)
+    dataset = SpeechDataset(load_source(SpeechSource(folder)))
+    examples = [dataset[index] for index in range(4)]
+    asked = ["Who?", None, "Which emotion is in this voice, and what else is heard in the room around it?", "Who?"]
+    examples = [{**one, "instruction": text} for one, text in zip(examples, asked, strict=True)]
+    seconds, texts = [len(one["audio"]) / 16000 for one in examples], [one["text"] for one in examples]
+    for packed in ((), ("asr",)):
+        counter = TokenCounter(processor, model.config, packed=packed)
+        counts = counter.text(texts, "asr", asked)
+        assert counts[2] > counter.text(texts)[2] + 10
+        collator = (
+            PackedTranscriptionCollator(processor, config=model.config) if packed else TranscriptionCollator(processor)
+        )
+        size, budget = collator(examples)["input_ids"].numel(), counter.audio(seconds)
+        budget = batch_tokens(budget, counts, packed=bool(packed))
+        assert size == budget if packed else 0.8 * budget < size <= budget
+        for place in (0, 2, 3):
+            alone = collator(examples[place : place + 1])["input_ids"].numel()
+            assert alone == counter.audio(seconds)[place] + counts[place]
+
+
 # --- in the training script -----------------------------------------------------------------------------------------
 
 

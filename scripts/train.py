@@ -56,7 +56,7 @@ from mel_llm import (
     MelLLMVocoderConfig,
     export_remote_code,
 )
-from mel_llm.card_results import local_name, local_names
+from mel_llm.card_results import local_name, local_names, source_keys
 from mel_llm.conversion import from_text_llm, parse_layers
 from mel_llm.evaluation import get_text_normalizer, make_compute_metrics
 from mel_llm.modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMProjector
@@ -111,6 +111,7 @@ from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrai
 logger = logging.getLogger("train")
 
 SUMMARY = "training_summary.json"
+EVALUATION = "Evaluation"
 RANDOM_PARTS = ("backbone", "encoder", "audio")
 AUGMENTATIONS = ("speed_factors", "spec_augment", "conditions", "voice_warp", "voice_pairs")
 
@@ -309,7 +310,8 @@ class Selection:
 def select_all(sources, datasets_, processor, data_args: DataArguments, what: str) -> tuple[list[Selection], dict]:
     """What is kept of each source, for each task that it serves, and the reports."""
     selections, reports = [], {}
-    for source, data in zip(sources, datasets_, strict=True):
+    keys = source_keys(source.place for source in sources)
+    for source, data, key in zip(sources, datasets_, keys, strict=True):
         selected, seconds, report = select_clips(
             data,
             processor.tokenizer,
@@ -320,12 +322,7 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
             source.hours,
         )
         logger.info(f"{what} data from {source.place}: {report}")
-        reports[source.place] = report.to_dict()
-        if tasks_of(source, data, data_args.tasks) != ["asr"] and any(data["instruction"]):
-            raise ValueError(
-                f"{source.place} has questions about its clips, which are for reading alone: write {source.place},task=asr; "
-                f"or, if the clips are spoken questions, {source.place},task=qa."
-            )
+        reports[key] = report.to_dict()
         for task in tasks_of(source, data, data_args.tasks):
             rows, lengths = selected, seconds
             if task in ("continuation", "qa"):
@@ -334,13 +331,39 @@ def select_all(sources, datasets_, processor, data_args: DataArguments, what: st
                 else:
                     rows, lengths, narrower = select_continuations(selected, seconds, report, prompt_cut(data_args))
                 logger.info(f"Of these, for {task}: {narrower}")
-                reports[source.place][task] = narrower.to_dict()
+                reports[key][task] = narrower.to_dict()
             rows = rows.add_column("task", [task] * len(lengths))
             selections.append(Selection(source, task, rows, lengths))
     for task in data_args.tasks:
-        if not any(selection.seconds for selection in selections if selection.task == task):
+        of_task = [selection for selection in selections if selection.task == task]
+        if what == EVALUATION and not of_task and len(data_args.tasks) > 1:
+            logger.warning(f"--eval_data has no source for {task}, which is not evaluated.")
+        elif not any(selection.seconds for selection in of_task):
             raise ValueError(f"No clip of the {what} data is left to use for {task}; the reasons are above.")
-    return selections, reports
+    # A source may be of no use for one of the tasks, and has no share in it then
+    return [selection for selection in selections if selection.seconds], reports
+
+
+def asks(data) -> bool:
+    """Whether there are questions about the clips; of a stream its beginning tells."""
+    asked = (row["instruction"] for row in data.take(100)) if hasattr(data, "n_shards") else data["instruction"]
+    return any(one is not None for one in asked)
+
+
+def check_questions(sources: list[SpeechSource], datasets_: list, tasks: list[str], ctc_only_steps: int) -> None:
+    for source, data in zip(sources, datasets_, strict=True):
+        served = tasks_of(source, data, tasks)
+        if (served == ["asr"] and not ctc_only_steps) or not asks(data):
+            continue
+        if served != ["asr"]:
+            raise ValueError(
+                f"{source.place} has questions about its clips, which are for reading alone: write {source.place},task=asr; "
+                f"or, if the clips are spoken questions, {source.place},task=qa."
+            )
+        raise ValueError(
+            f"{source.place} has questions about its clips, of which the CTC head learns nothing: --ctc_only_steps is for "
+            "transcripts alone. Train on these first."
+        )
 
 
 def tasks_of(source: SpeechSource, data, tasks: list[str]) -> list[str]:
@@ -364,6 +387,14 @@ def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfi
                 f"CTC learns nothing from {count} of {len(places)} clips of {selection.source.place}: they have more letters "
                 f"than the {rate:g} places a second that the head has. Raise `ctc_rate` in --audio_config."
             )
+
+
+def kinds_of(selections: list[Selection], spells: bool) -> list[str]:
+    """What the clips of a batch have in common: the task; with a CTC head (`spells`), which learns nothing from batches with
+    questions, also whether there are any."""
+    return [
+        f"{selection.task}, asked" if spells and asks(selection.rows) else selection.task for selection in selections
+    ]
 
 
 def rows_of(selections: list[Selection]):
@@ -406,7 +437,9 @@ def budget_sampler(
         ValueError: A clip is beyond the budget by itself.
     """
     audio = [counter.audio(selection.seconds, selection.task) for selection in selections]
-    text = [counter.text(selection.rows["text"], selection.task) for selection in selections]
+    text = [
+        counter.text(selection.rows["text"], selection.task, selection.rows["instruction"]) for selection in selections
+    ]
     audio_tokens, text_tokens = np.concatenate(audio), np.concatenate(text)
     total = audio_tokens + text_tokens
     if total.max() > data_args.max_batch_tokens:
@@ -424,7 +457,7 @@ def budget_sampler(
         [len(selection.seconds) for selection in selections],
         mixing_weights(selections, data_args),
         training_args.seed,
-        [selection.task for selection in selections],
+        kinds_of(selections, counter.audio_config.ctc_weight > 0),
         counter.packed,
         training_args.world_size,
         training_args.process_index,
@@ -854,8 +887,12 @@ def prepare(argv: list[str]) -> Run | None:
         if "qa" in tasks_of(source, data, data_args.tasks) and "answers" not in (data.column_names or ()):
             raise ValueError(
                 f"{source.place} has no answers to learn --tasks qa from. Name their column: {source.place},"
-                "answer_column=..."
+                f"answer_column=...; or, if the clips are spoken questions, write {source.place},task=qa."
             )
+    check_questions(sources, train_data, data_args.tasks, training_args.ctc_only_steps)
+    check_questions(eval_sources, eval_data, data_args.tasks, 0)
+    if training_args.label_smoothing_factor and not all(asks(data) for data in train_data):
+        raise ValueError("--label_smoothing_factor is for questions about recordings: transcripts are learnt without.")
     streaming = any(source.streaming for source in sources)
     if streaming and data_args.voice_pairs:
         raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
@@ -875,6 +912,8 @@ def prepare(argv: list[str]) -> Run | None:
         logger.info("--features_on_device: there is no GPU, so features are made on the CPU, in this process.")
 
     setup = describe_setup(model_args, data_args, sources, eval_sources)
+    for described, data in zip(setup["eval_data"], eval_data, strict=True):
+        described["asks"] = asks(data)  # its error rates are of answers
     if checkpoint is not None:
         # What began as something else is a Mel-LLM by now, with a tokenizer and a normalisation of its own
         base = Path(training_args.output_dir) / "base"
@@ -953,21 +992,22 @@ def prepare(argv: list[str]) -> Run | None:
                 mixing_weights(selections, data_args),
                 training_args.train_batch_size * training_args.world_size,
                 training_args.seed,
-                [selection.task for selection in selections],
+                kinds_of(selections, model.config.audio_config.ctc_weight > 0),
                 data_args.group_by_length,
                 train_set.epoch_lengths if data_args.voice_pairs else None,
             )
         longest = max(lengths)
     if eval_sources:
-        chosen, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, "Evaluation")
+        chosen, reports["eval"] = select_all(eval_sources, eval_data, processor, data_args, EVALUATION)
         eval_sets = {
             task: SpeechDataset(rows_of([selection for selection in chosen if selection.task == task]), rate)
             for task in data_args.tasks
+            if any(selection.task == task for selection in chosen)
         }
         if not streaming:
             trained = set(clips_of(train_set.data))
             setup["eval_clips_trained_on"] = sum(clip in trained for clip in clips_of(rows_of(chosen)))
-        eval_set = eval_sets if len(eval_sets) > 1 else eval_sets[data_args.tasks[0]]
+        eval_set = eval_sets if len(data_args.tasks) > 1 else eval_sets[data_args.tasks[0]]
 
     audio_config = model.config.audio_config
     if is_new or not has_statistics(model):
@@ -1089,7 +1129,10 @@ def without_places(setup: dict, reports: dict) -> tuple[dict, dict]:
     }
     began = setup["model_name_or_path"]
     named["model_name_or_path"] = local_name(began) if began and setup["model_is_local"] else began
-    reports = {kind: {names[place]: report for place, report in of.items()} for kind, of in reports.items()}
+    for kind in reports:
+        keys, shown = (source_keys(one["place"] for one in of[f"{kind}_data"]) for of in (setup, named))
+        new = dict(zip(keys, shown, strict=True))
+        reports = {**reports, kind: {new[key]: report for key, report in reports[kind].items()}}
     return {**setup, **named}, reports
 
 

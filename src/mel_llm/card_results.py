@@ -130,6 +130,17 @@ def local_names(places: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def source_keys(places: Iterable[str]) -> list[str]:
+    """What the reports of data sources are kept under: their places; of one that is named again, as for another
+    configuration or split of it, with a number: `org/speech`, `org/speech (2)`."""
+    counts: dict[str, int] = {}
+    keys = []
+    for place in places:
+        counts[place] = counts.get(place, 0) + 1
+        keys.append(place if counts[place] == 1 else f"{place} ({counts[place]})")
+    return keys
+
+
 def without_local_paths(text: str) -> str:
     """A command line without the folders of its machine, and without keys: `/home/me/speech,split=test` is
     `speech,split=test`, and `--hub_token hf_abc` is `--hub_token ...`."""

@@ -25,6 +25,7 @@ from .card_results import (
     read_evaluation,
     results_table,
     scores_of,
+    source_keys,
     table,
     without_local_paths,
 )
@@ -150,7 +151,7 @@ def create_model_card(
             + (["lora"] if adapter.get("peft_type") == "LORA" else []),
             "base_model": adapter_base or base_model,
             "base_model_relation": ("adapter" if adapter else "finetune") if adapter_base or base_model else None,
-            "datasets": [row["id"] for row in rows if row["id"]],
+            "datasets": list(dict.fromkeys(row["id"] for row in rows if row["id"])),
         },
         name,
         [*results, *while_training],
@@ -290,12 +291,13 @@ def _data_rows(run: dict, given: Sequence[dict]) -> list[dict]:
     reports = (run.get("data") or {}).get("train") or {}
     sources = setup.get("train_data") or [{"place": place} for place in reports]
     rows: dict[str, dict] = {}
-    for source in sources:
+    keys = source_keys(source["place"] for source in sources)
+    for source, key in zip(sources, keys, strict=True):
         place = source["place"]
         is_id = is_hub_id(place) if source.get("is_local") is None else not source["is_local"]
-        report = reports.get(place) or {}
-        details = [f"{key} {source[key]}" for key in ("config", "split") if source.get(key)]
-        rows[place] = {
+        report = reports.get(key) or {}
+        details = [f"{name} {source[name]}" for name in ("config", "split", "task") if source.get(name)]
+        rows[key] = {
             "id": place if is_id else None,
             "name": place if is_id else local_name(place),
             "details": details,
@@ -310,7 +312,7 @@ def _data_rows(run: dict, given: Sequence[dict]) -> list[dict]:
         unknown = entry.keys() - {"name", "license", "url", "attribution", "hours", "clips"}
         if unknown:
             raise ValueError(f"`data`: {entry['name']} has no field {', '.join(sorted(unknown))}.")
-        matching = [row for place, row in rows.items() if entry["name"] in (place, row["name"])]
+        matching = [row for key, row in rows.items() if entry["name"] in (key, row["name"])]
         if not matching:
             is_id = is_hub_id(entry["name"])
             new = {"id": entry["name"] if is_id else None, "name": entry["name"], "details": [], "streaming": False}
@@ -352,6 +354,9 @@ def _training_evaluations(run: dict) -> list[Evaluation]:
             notes = []
             if task == ASR and setup.get("wer_normalizer") and "wer" in numbers:
                 notes.append(f"Normaliser of texts: {setup['wer_normalizer']}.")
+            asks = task == ASR and any(source.get("asks") for source in sources)
+            if asks:
+                notes.append("Among the references are answers to questions about the recordings: no transcripts.")
             if seen:
                 notes.append(_SEEN)
             elif not is_known:
@@ -364,7 +369,7 @@ def _training_evaluations(run: dict) -> list[Evaluation]:
                     split=splits.pop() if len(splits) == 1 else None,
                     is_local=not hub_id,
                     notes=notes,
-                    is_published=is_known and not seen,
+                    is_published=is_known and not seen and not asks,
                 )
             )
     return evaluations

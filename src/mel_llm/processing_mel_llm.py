@@ -425,7 +425,7 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
     def default_prompt_ids(self) -> tuple[list[int], list[int]]:
         """Token ids before and after the audio in the default prompt, for the config's `prompt_prefix_ids` and
         `prompt_suffix_ids`."""
-        return self._ids_around_audio(self.transcription_instruction)
+        return self.prompt_ids(self.transcription_instruction)
 
     def continuation_prompt_ids(self, task: str = "continuation") -> tuple[list[int], list[int]]:
         """Token ids before and after the audio of a prompt for speech: for `"continuation"` the config's
@@ -437,7 +437,7 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
         instructions = {"continuation": self.continuation_instruction, "qa": self.qa_instruction}
         if task not in instructions:
             raise ValueError(f"`task` must be one of {', '.join(map(repr, instructions))}, got {task!r}.")
-        return self._ids_around_audio(instructions[task])
+        return self.prompt_ids(instructions[task])
 
     def separator_ids(self) -> list[int]:
         """Token ids between what was heard and what follows, for the config's `separator_ids`: the end of a line, or a
@@ -477,7 +477,8 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
             )
         ]
 
-    def _ids_around_audio(self, instruction: str) -> tuple[list[int], list[int]]:
+    def prompt_ids(self, instruction: str) -> tuple[list[int], list[int]]:
+        """Token ids before and after the audio in a prompt that asks for something; `""` asks for nothing."""
         text = self.apply_chat_template(self._request(None, None, None, instruction), add_generation_prompt=True)
         ids = self._tokenize(text, first=True)
         place = ids.index(self.audio_token_id)

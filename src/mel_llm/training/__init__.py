@@ -8,7 +8,7 @@ from .ctc import count_unspellable, ctc_bytes
 from .dataset import SpeechDataset
 from .freezing import describe_trainable, freeze_layers, trainable_table
 from .lora import LORA_PRESETS, count_parameters, freeze, load_adapter, lora_config
-from .packing import PackedTranscriptionCollator, check_packing, pack_transcripts
+from .packing import PackedTranscriptionCollator, check_packing, pack_chats, pack_transcripts
 from .report import DataReport, select_clips
 from .sampler import SpeechSampler
 from .sources import SPEAKING_TASKS, TASKS, SpeechSource, load_source
@@ -59,6 +59,7 @@ __all__ = [
     "load_adapter",
     "load_source",
     "lora_config",
+    "pack_chats",
     "pack_transcripts",
     "push_whole",
     "repo_of",

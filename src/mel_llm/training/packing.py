@@ -44,6 +44,26 @@ def pack_transcripts(batch: dict[str, Any], config: MelLLMConfig) -> dict[str, A
         positions.append(torch.arange(len(clip), device=device))
         length += len(clip)
         places.append(torch.arange(length - len(transcript), length, device=device) - 1)
+    return _packed(batch, mask, ids, targets, positions, places)
+
+
+def pack_chats(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same of a batch with questions: `input_ids`, `attention_mask` and `labels` `(clips, tokens)`, and the clips'
+    features. What stands behind the end of an answer, such as the end of a line, is left out: nothing depends on it."""
+    ids, targets, positions, places, length = [], [], [], [], 0
+    for row, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True):
+        row, labels = row[mask], labels[mask]
+        answer = (labels != -100).nonzero()[:, 0]
+        row = row[: int(answer[-1]) + 1]
+        ids.append(row)
+        targets.append(labels[answer])
+        positions.append(torch.arange(len(row), device=row.device))
+        places.append(length + answer - 1)
+        length += len(row)
+    return _packed(batch, batch["input_features_mask"], ids, targets, positions, places)
+
+
+def _packed(batch: dict[str, Any], mask: torch.Tensor, ids, targets, positions, places) -> dict[str, Any]:
     targets = torch.cat(targets)[None]
     return {
         "input_ids": torch.cat(ids)[None],
@@ -83,8 +103,9 @@ class PackedTranscriptionCollator(TranscriptionCollator):
     def finish(self, batch: dict[str, Any], device: torch.device | str | None = None) -> dict[str, Any]:
         """Makes features of a batch's waveforms, on the CPU or on `device`, and lays the clips one after another."""
         batch = super().finish(batch, device)
-        labels = batch["labels"].to(batch["input_features"].device)
-        return pack_transcripts({**batch, "labels": labels}, self.config)
+        place = batch["input_features"].device
+        batch = {name: value.to(place) for name, value in batch.items()}
+        return pack_chats(batch) if "input_ids" in batch else pack_transcripts(batch, self.config)
 
 
 @torch.no_grad()
@@ -136,4 +157,4 @@ def check_packing(model: torch.nn.Module) -> None:
         )
 
 
-__all__ = ["PackedTranscriptionCollator", "check_packing", "pack_transcripts"]
+__all__ = ["PackedTranscriptionCollator", "check_packing", "pack_chats", "pack_transcripts"]

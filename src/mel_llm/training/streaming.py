@@ -85,6 +85,8 @@ class SpeechStream(torch.utils.data.IterableDataset):
         if max_tokens is not None:
             if counter is None:
                 raise ValueError("SpeechStream: `max_tokens` needs a `counter`.")
+            if task not in counter.prompts:
+                raise ValueError(f"SpeechStream: `max_tokens` is for {', '.join(counter.prompts)}, not for {task!r}.")
             if np.isfinite(max_seconds):
                 needed = int(counter.audio([max_seconds], task)[0]) + counter.prompts[task]
                 if needed > max_tokens:
@@ -139,7 +141,7 @@ class SpeechStream(torch.utils.data.IterableDataset):
         counter = self.counter
         samples = len(example["audio"])  # as augmented, so no more is to be added for the slowest speed
         audio = counter.audio_config.num_audio_tokens(counter.extractor.num_frames(samples))
-        return audio, int(counter.text([example["text"]], self.task)[0])
+        return audio, int(counter.text([example["text"]], self.task, [example.get("instruction")])[0])
 
     def take(self, count: int) -> list[dict]:
         """The first `count` examples of all processes' stream, not augmented; fewer where there are not so many."""

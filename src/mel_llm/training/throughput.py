@@ -26,11 +26,13 @@ class ThroughputMeter(TrainerCallback):
         self.mark: tuple[float, float] | None = None  # the clock, and CPU time of this process
 
     def add(self, inputs: dict[str, Any]) -> None:
-        """Counts a batch that is trained on, to read or to speak."""
+        """Counts a batch that is trained on, to read, to speak or to go on with."""
         labels = inputs.get("labels")
         if labels is not None and labels.is_floating_point():
             self.pending = self.pending + (labels[..., 0] != -100).sum()
             return
+        if "spectrogram_labels" in inputs:  # beside what is heard
+            self.pending = self.pending + (inputs["spectrogram_labels"][..., 0] != -100).sum()
         features = inputs.get("input_features")
         mask = inputs.get("input_features_mask")
         if mask is None and "input_ids" not in inputs:

@@ -4,6 +4,7 @@ What the language model computes on is what counts: the audio tokens, the prompt
 memory and the work of a step even where clips are of very different lengths, and no step waits for one with more to do.
 """
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ class TokenCounter:
     def __init__(
         self, processor: MelLLMProcessor, config: MelLLMConfig, slowest: float = 1.0, packed: Collection[str] = ()
     ):
+        self.processor = processor
         self.extractor, self.tokenizer = processor.feature_extractor, processor.tokenizer
         self.audio_config, self.slowest, self.packed = config.audio_config, min(1.0, slowest), frozenset(packed)
         # Beside the transcript its end and, in padded batches, the place that the model keeps for one; beside a text to
@@ -34,6 +36,7 @@ class TokenCounter:
             "asr": len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids) + (1 if "asr" in packed else 2),
             "tts": len(config.speech_prefix_ids) + len(config.speech_suffix_ids) + 1,
         }
+        self._asking: dict[str, int] = {}
 
     def audio(self, seconds: Sequence[float], task: str = "asr") -> np.ndarray:
         """Audio tokens of clips that are so many seconds long, `(clips,)`; of speech to be written, patches."""
@@ -41,14 +44,32 @@ class TokenCounter:
         samples = np.ceil(np.asarray(seconds, dtype=np.float64) / slowest * self.extractor.sampling_rate)
         return self.audio_config.num_audio_tokens(self.extractor.num_frames(samples.astype(np.int64)))
 
-    def text(self, texts: Sequence[str], task: str = "asr") -> np.ndarray:
-        """Tokens of the texts with the prompt of the task around them, `(clips,)`."""
+    def text(
+        self, texts: Sequence[str], task: str = "asr", instructions: Sequence[str | None] | None = None
+    ) -> np.ndarray:
+        """Tokens of the texts with the prompt of the task around them, `(clips,)`; with what is asked instead, where there
+        are `instructions`."""
         counts = [
             len(ids)
             for start in range(0, len(texts), 10_000)
             for ids in self.tokenizer(list(texts[start : start + 10_000]), add_special_tokens=False)["input_ids"]
         ]
-        return np.asarray(counts, dtype=np.int64) + self.prompts[task]
+        prompts = [self.prompts[task] if asked is None else self._asked(asked) for asked in instructions or [None]]
+        return np.asarray(counts, dtype=np.int64) + np.asarray(prompts, dtype=np.int64)
+
+    def _asked(self, instruction: str) -> int:
+        """Tokens of a chat about a clip, but for its audio and the answer's own."""
+        if instruction not in self._asking:
+            # What is behind the answer's end, such as the end of a line, is not packed
+            behind = 1 if "asr" in self.packed else 1 + self._closing
+            self._asking[instruction] = sum(map(len, self.processor.prompt_ids(instruction))) + behind
+        return self._asking[instruction]
+
+    @functools.cached_property
+    def _closing(self) -> int:
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        labels = self.processor.apply_chat_template(chat, output_labels=True)["labels"][0]
+        return len(labels) - 1 - int((labels != -100).nonzero()[-1])
 
 
 def batch_tokens(audio: Sequence[int], text: Sequence[int], packed: bool = False) -> int:

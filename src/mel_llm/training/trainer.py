@@ -92,6 +92,10 @@ class SpeechTrainer(Seq2SeqTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if self.args.label_names is None:
+            # All that forward() calls so, by default, and no loss for batches that lack one of them: of the tasks of
+            # SPECTRON's model some have no `spectrogram_labels`
+            self.label_names = ["labels"]
         self.ctc_only_steps = ctc_only_steps
         self.train_sampler = train_sampler
         self.train_collator = train_collator
@@ -184,6 +188,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         asked = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
+        if any(isinstance(module, MelLLMForSpeechContinuation) for module in model.modules()):
+            asked["task"] = "transcribe"  # it would go on with what it hears
         limits = [asked.pop(name, None) for name in ("max_new_tokens", "max_length")]
         rows = [row[row != -100] for row in inputs["labels"]]
         # The answer alone counts; one that is much longer than the right one is wrong already
