@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 
 import jiwer
@@ -12,6 +13,7 @@ import torch
 import transformers
 import yaml
 from conftest import ROOT, build_tiny
+from safetensors.torch import load_file, save_file
 from test_registration import run
 from test_training_data import write_folder
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
@@ -224,6 +226,42 @@ def test_adapters_are_a_model(tiny, tmp_path, speech_clips):
     base = make_transcriber(str(tmp_path / "base"), generate_kwargs={"max_new_tokens": 6})
     base.load()
     assert system.run(clips, [None] * 2) != base.run(clips, [None] * 2)
+
+    # Another model has taken the place of the base, which PEFT would not notice
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        make_transcriber(str(tmp_path / "adapters"))
+    encoder = {"encoder_type": "conformer", "encoder_config": {"num_blocks": 1, "intermediate_size": 16}}
+    audio_config = {**model.config.audio_config.to_dict(), **encoder}
+    other = type(model)(type(model.config)(**{**model.config.to_dict(), "audio_config": audio_config}))
+    other.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="another model than the base"):
+        make_transcriber(str(tmp_path / "adapters")).load()
+    (tmp_path / "elsewhere").rename(tmp_path / "adapters" / "base")  # beside the adapters, it is found
+    system = make_transcriber(str(tmp_path / "adapters"), generate_kwargs={"max_new_tokens": 6})
+    system.load()
+    assert system.run(clips, [None] * 2) == processor.batch_decode(ids, return_format="transcription_only")
+    weights = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    extra = {"base_model.model.model.audio_embedder.encoder.weight": torch.zeros(1)}
+    save_file(weights | extra, tmp_path / "adapters" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="another model than the base.*1 weights differ"):
+        make_transcriber(str(tmp_path / "adapters")).load()
+
+
+def test_clips_of_one_name_and_size_are_not_taken_for_each_other(tmp_path, speech_clips):
+    """As cut to one length and unpacked by a program that sets one time: a row less, and their numbers are others."""
+    for place, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "1.wav", speech_clips[place]["array"][:8000], 16000)
+        os.utime(tmp_path / name / "1.wav", (0, 0))
+    rows = [f"{name}/1.wav,text {name}" for name in "abc"]
+    keys = []
+    for kept in (rows, [rows[0], rows[2]]):
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *kept]) + "\n")
+        clips = load_clip_set(str(tmp_path))
+        keys.append({clips.utterances[index].id: clips.key(index) for index in range(len(clips))})
+    assert keys[0]["00000_1"] == keys[1]["00000_1"] and keys[0]["00001_1"] != keys[1]["00001_1"]
 
 
 # --- resuming, and what goes wrong on the way ------------------------------------------------------------------------

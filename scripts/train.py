@@ -106,6 +106,7 @@ from mel_llm.training import (
     trainable_table,
 )
 from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrainingArguments
+from mel_llm.training.lora import adapter_base, load_adapters
 
 
 logger = logging.getLogger("train")
@@ -569,9 +570,7 @@ def find_adapters(model_args: ModelArguments) -> tuple[str | None, ModelArgument
     for key, given in (("r", model_args.lora_r), ("lora_alpha", model_args.lora_alpha)):
         if before[key] != (asked := given or preset.get(key)):
             raise ValueError(f"--model_name_or_path: {name} has adapters with {key} {before[key]}, not {asked}.")
-    base = path.with_name("base")  # beside them, unless the folder was moved without it
-    place = str(base) if base.is_dir() else before["base_model_name_or_path"]
-    return name, replace(model_args, model_name_or_path=place)
+    return name, replace(model_args, model_name_or_path=adapter_base(name))
 
 
 def goes_on(tasks: list[str]) -> bool:
@@ -716,7 +715,7 @@ def add_lora(
 ):
     """The model with adapters: new ones, or those of a folder. They need a Mel-LLM to be adapters of; one that is new, or
     has new parts, is saved beside them."""
-    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft import PeftConfig, get_peft_model
 
     name = model.name_or_path
     if adapters is not None and needs_base:
@@ -745,7 +744,7 @@ def add_lora(
         config.base_model_name_or_path = model.name_or_path
         if model_args.lora_dropout is not None:
             config.lora_dropout = model_args.lora_dropout
-        return PeftModel.from_pretrained(model, adapters, config=config, is_trainable=True)
+        return load_adapters(model, adapters, config=config, is_trainable=True)
     fields = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
     fields = {key: value for key, value in fields.items() if value is not None}
     # Layers that begin with somebody's adapters keep these; new adapters that are not trained are not made

@@ -1,7 +1,6 @@
 """Who listens to clips and writes something down: models of transformers, a Mel-LLM among them, and functions."""
 
 import inspect
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import transformers
 
 from ..card_results import local_name
+from ..training.lora import adapter_base, load_adapters
 from ..transcription_mel_llm import transcribe_clips
 from .plugins import PREFIX, describe_callable, describe_folder, fingerprint, load_callable
 
@@ -172,10 +172,8 @@ class ModelSystem(ClipSystem):
         name = self.base or self.name
         model = self.auto_class.from_pretrained(name, **options, **self._hub_of(name))
         if self.base is not None:
-            from peft import PeftModel
-
             # Not `from_pretrained` of the adapters' folder, which before transformers 5.18 loses `modules_to_save`
-            model = PeftModel.from_pretrained(model, self.name, revision=self.hub["revision"])
+            model = load_adapters(model, self.name, revision=self.hub["revision"])
         self.model = model.to(self.device).eval()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if self.compile_mode is not None:
@@ -303,7 +301,7 @@ def _base_of_adapters(name: str, revision: str | None) -> str | None:
     file = find_adapter_config_file(name, revision=revision)
     if file is None:
         return None
-    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return adapter_base(Path(file).parent)
 
 
 def _auto_class(config, name: str):

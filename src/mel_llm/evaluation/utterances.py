@@ -43,7 +43,7 @@ class Utterance:
 
     @property
     def recording_key(self) -> str | None:
-        """Another one if the recording is: its name, and the size and time of its file."""
+        """Another one if the recording is: its name and place, and the size and time of its file."""
         if self.source is None:
             return None
         row = self.source[self.index]
@@ -51,7 +51,9 @@ class Utterance:
         if audio.get("bytes") is not None:
             return hashlib.sha256(audio["bytes"]).hexdigest()[:8]
         stat = os.stat(audio["path"])
-        return fingerprint([self.id, row.get("offset"), row.get("duration"), stat.st_size, stat.st_mtime_ns])
+        # Clips cut to one length and unpacked at one moment are told apart by their places alone
+        place = os.path.abspath(audio["path"])
+        return fingerprint([self.id, place, row.get("offset"), row.get("duration"), stat.st_size, stat.st_mtime_ns])
 
     def load(self, sampling_rate: int) -> np.ndarray:
         """The recording, `(samples,)`, float32.

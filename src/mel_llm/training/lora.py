@@ -1,6 +1,7 @@
 """LoRA presets: which layers of the language model get adapters, and what must be saved with them."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint_files import read_header
 from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
 from .freezing import find_layers
 
@@ -117,8 +119,8 @@ def load_adapter(model: nn.Module, folder: str) -> None:
             raise FileNotFoundError(f"{folder} holds no adapter: {path.name} is not there.")
     theirs = json.loads(paths[0].read_text(encoding="utf-8"))
     ours = model.peft_config["default"]
-    for name in ("r", "lora_alpha"):
-        if theirs.get(name) != getattr(ours, name):
+    for name, default in (("r", None), ("lora_alpha", None), ("use_rslora", False), ("use_dora", False)):
+        if theirs.get(name, default) != getattr(ours, name):
             raise ValueError(f"{folder} has adapters with {name} {theirs.get(name)}, not {getattr(ours, name)}.")
     weights = {name: value for name, value in load_file(paths[1]).items() if ".lora_" in name}
     parameters = {
@@ -133,6 +135,51 @@ def load_adapter(model: nn.Module, folder: str) -> None:
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
+
+
+def adapter_base(folder: str | Path) -> str:
+    """The model that the adapters in a folder belong to: `base` beside them, unless they came without it; else what their
+    config names, which after a move of the folder may be another model by now."""
+    base = Path(folder) / "base"
+    if (base / "config.json").is_file():
+        return str(base)
+    named = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if os.path.isabs(named) and not os.path.isdir(named):
+        raise FileNotFoundError(
+            f"{folder} has adapters of {named}, which is not there. If it was moved, write its place into "
+            f"adapter_config.json as `base_model_name_or_path`, or put it beside the adapters as `base`."
+        )
+    return named
+
+
+def load_adapters(model: nn.Module, folder: str | Path, **kwargs):
+    """The model with the adapters in a folder. PEFT leaves out what has no place in the model; here that is refused.
+
+    Args:
+        model: Theirs: see [`adapter_base`].
+        folder: Or their name on the Hub.
+        kwargs: For `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: They are of another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    problem = f"{folder} has adapters of another model than the base that was found"
+    try:
+        model = PeftModel.from_pretrained(model, folder, **kwargs)
+    except KeyError as error:
+        raise ValueError(f"{problem}: they have no {error}.") from None
+    path = Path(folder) / "adapter_model.safetensors"
+    if path.is_file():
+        stored, wanted = read_header(path).keys(), get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+        # PEFT saves whole embeddings, too, where it thinks that they grew
+        wrong = sorted(
+            name for name in stored ^ wanted if not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        )
+        if wrong:
+            raise ValueError(f"{problem}: {len(wrong)} weights differ, {wrong[0]} first.")
+    return model
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
@@ -166,4 +213,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(parameter.numel() for parameter in tensors.values())
 
 
-__all__ = ["LORA_PRESETS", "count_parameters", "freeze", "load_adapter", "lora_config"]
+__all__ = [
+    "LORA_PRESETS",
+    "adapter_base",
+    "count_parameters",
+    "freeze",
+    "load_adapter",
+    "lora_config",
+]
