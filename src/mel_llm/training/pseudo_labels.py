@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..audio_utils_mel_llm import TruncatedAudioError, stream_audio
 from ..evaluation.plugins import PREFIX, describe_callable
 from ..evaluation.recognizers import PipelineRecognizer, load_recognizer
-from ..transcription_mel_llm import _transcribe_clips, split_audio
+from ..transcription_mel_llm import transcribe_clips, split_audio
 from .dataset import CLIP_ERRORS, load_clip
 
 
@@ -137,7 +137,7 @@ class Labeler:
         }
         recognizer: PipelineRecognizer = self.recognizer
         if self._kind == "mel_llm":
-            texts = _transcribe_clips(pipe.model, recognizer.processor, clips, recognizer.language, None, options)
+            texts = transcribe_clips(pipe.model, recognizer.processor, clips, recognizer.language, None, options)
         else:
             if recognizer.language is not None:
                 options.update(language=recognizer.language, task="transcribe")
