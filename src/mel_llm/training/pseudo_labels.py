@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..audio_utils_mel_llm import TruncatedAudioError, stream_audio
 from ..evaluation.plugins import PREFIX, describe_callable
 from ..evaluation.recognizers import PipelineRecognizer, load_recognizer
-from ..transcription_mel_llm import transcribe_clips, split_audio
+from ..transcription_mel_llm import split_audio, transcribe_clips
 from .dataset import CLIP_ERRORS, load_clip
 
 
