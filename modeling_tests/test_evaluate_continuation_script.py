@@ -21,6 +21,7 @@ from mel_llm.evaluation import (
     summarize_continuations,
 )
 from mel_llm.evaluation.continuation_evaluation import split_written
+from mel_llm.evaluation.question_answering import SpokenQuestion
 from mel_llm.training import PromptCut
 
 
@@ -170,6 +171,21 @@ def test_questions_in_their_formats(questions, speech_clips, tmp_path):
         ("0001", ["A B", "C"]),
         ("0002", ["A B", "C"]),
     ]
+    # Numbers are not taken for ids, nor ids for numbers
+    for name in ("0", "3"):
+        soundfile.write(folder / f"{name}.wav", speech_clips[0]["array"], 16000)
+    named = [{"id": number, "question": "who", "answer": 0} for number in (0, 3, 1)]
+    (tmp_path / "named.json").write_text(json.dumps(named))
+    found = load_questions(str(tmp_path / "named.json"), str(folder))
+    assert [(q.id, q.audio.rpartition("/")[2], q.answers) for q in found] == [
+        ("0", "0.wav", ["0"]),
+        ("3", "3.wav", ["0"]),
+        ("1", "1.wav", ["0"]),
+    ]
+    (tmp_path / "named.json").write_text(json.dumps([*named, {"id": 9, "question": "who", "answer": "me"}]))
+    soundfile.write(folder / "4.wav", speech_clips[0]["array"], 16000)
+    with pytest.raises(FileNotFoundError, match="question 9 is spoken in no file"):
+        load_questions(str(tmp_path / "named.json"), str(folder))
     # A dataset as the Hub has them
     from datasets import Audio, Dataset
 
@@ -197,6 +213,17 @@ def test_prompts_are_the_beginnings(recordings):
     assert other[0].recording_key != prompts[0].recording_key
     with pytest.raises(ValueError, match="no recording has room"):
         load_prompts(recordings, PromptCut((60.0,)))
+
+
+def test_the_words_of_a_question_are_no_answer():
+    items = [SpokenQuestion(name, "is it red or blue", ["red"]) for name in "ab"]
+    written = [{"text": f"Is it red or blue? {said}", "transcript": "", "continuation": said} for said in ("", "Red.")]
+    rows = [
+        {"id": item.id, "written": text, "scores": {"asr": {"transcript": "a red one"}}}
+        for item, text in zip(items, written, strict=True)
+    ]
+    totals = summarize_continuations({"settings": {}, "utterances": rows}, items)["totals"]
+    assert totals["text_accuracy"]["value"] == 0.5 and totals["speech_accuracy"]["value"] == 1.0
 
 
 def test_totals_are_of_what_was_said(recordings):

@@ -69,7 +69,9 @@ def test_audio_of_every_kind(speaker, speech_clips, expected, tmp_path):
     assert_same(speaker(clip["array"], generate_kwargs=OPTIONS), expected)
     soundfile.write(tmp_path / "8k.wav", clip["array"][::2], 8000)
     slow = speaker(str(tmp_path / "8k.wav"), **OPTIONS)
-    assert_same(speaker(soundfile.read(tmp_path / "8k.wav")[0], sampling_rate=8000, **OPTIONS), slow)
+    samples, _ = soundfile.read(tmp_path / "8k.wav", dtype="float32")
+    for array in (samples, torch.from_numpy(samples)):
+        assert_same(speaker(array, sampling_rate=8000, **OPTIONS), slow)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -121,6 +123,16 @@ def test_models_that_cannot(tokenizer, speech_clips, folder):
     reader = mel_llm.MelLLMForSpeechSeq2Seq.from_pretrained(folder)
     with pytest.raises(ValueError, match="needs a MelLLMForSpeechContinuation, got MelLLMForSpeechSeq2Seq"):
         pipeline("speech-continuation", model=reader, processor=processor)
+
+
+def test_a_model_that_never_learnt_it_is_told(folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("mel_llm"), "propagate", True)
+    pipeline("speech-continuation", model=folder)
+    assert "expect nonsense" not in caplog.text
+    mel_llm.MelLLMForTextToSpeech.from_pretrained(folder).save_pretrained(tmp_path)
+    mel_llm.MelLLMProcessor.from_pretrained(folder).save_pretrained(tmp_path)
+    pipeline("speech-continuation", model=str(tmp_path))
+    assert "is a MelLLMForTextToSpeech, which was not trained to go on" in caplog.text
 
 
 def test_a_saved_pipeline_is_a_model_without_code(speaker, tmp_path, speech_clips, expected):

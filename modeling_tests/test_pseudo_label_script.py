@@ -318,6 +318,31 @@ def test_nothing_is_overwritten(speech, tmp_path):
         PseudoLabels(output, speech, {"model": "a"}, Silent())
 
 
+def test_a_recording_that_was_replaced_keeps_no_transcript(speech, tmp_path, speech_clips):
+    rows = load_source(SpeechSource(speech), needs_text=False)
+    for name in ("copied", "in_place"):
+        options = {"in_place": name == "in_place"}
+        PseudoLabels(tmp_path / name, speech, {}, Silent(), **options).run(rows)
+    before = len(metadata(tmp_path / "copied"))
+    soundfile.write(os.path.join(speech, "clip1.wav"), speech_clips[9]["array"], 16000)
+    for name in ("copied", "in_place"):
+        options = {"in_place": name == "in_place"}
+        summary = PseudoLabels(tmp_path / name, speech, {}, Silent(), **options).run(rows)
+        (why,) = summary["failed"].values()
+        assert "has changed since it was transcribed" in why
+        assert "clip1.wav" not in {row["recording"] for row in metadata(tmp_path / name)}
+        assert len(metadata(tmp_path / name)) == before - 1
+
+
+def test_stretches_that_begin_close_to_each_other_are_two(speech, tmp_path):
+    audio = {"path": os.path.join(speech, "clip0.wav"), "bytes": None}
+    rows = [
+        {"audio": audio, "origin": audio["path"], "offset": start, "duration": 0.5} for start in (0.1234567, 0.1234568)
+    ]
+    labels = PseudoLabels(tmp_path / "out", speech, {}, Silent(), min_seconds=0.1)
+    assert labels.run(rows)["pieces"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

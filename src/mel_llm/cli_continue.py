@@ -134,6 +134,9 @@ def _load(model: str, device: str | None, dtype: str, prompt: str, text_only: bo
         fail(f"{model} is no Mel-LLM that goes on but of the type {speaker.config.model_type!r}.")
     if speaker.vocoder is None and not text_only:
         fail(f"{model} has no vocoder, so it makes no sound; --text-only writes the text.")
+    trained = speaker.config.architectures
+    if trained and type(speaker).__name__ not in trained:
+        report(f"{model} is a {trained[0]}, which was not trained to go on with speech: expect nonsense.")
     for name in ("continuation_generation_mel_llm", "speech_generation_mel_llm"):  # the command says it itself
         logging.get_logger(f"mel_llm.{name}").setLevel("ERROR")
     return speaker, processor, audio[0]

@@ -7,6 +7,7 @@ is ours.
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoModelForPreTraining, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
@@ -47,6 +48,11 @@ class SpeechContinuationPipeline(Pipeline):
             raise ValueError(
                 f"The {TASK} pipeline needs a MelLLMForSpeechContinuation, got {type(self.model).__name__}. Load the model with "
                 "`AutoModelForPreTraining`, or pass its name."
+            )
+        trained = self.model.config.architectures
+        if trained and type(self.model).__name__ not in trained:
+            logger.warning(
+                f"This checkpoint is a {trained[0]}, which was not trained to go on with speech: expect nonsense."
             )
         if not hasattr(self.processor, "decode_continuation"):
             raise ValueError(
@@ -93,8 +99,8 @@ class SpeechContinuationPipeline(Pipeline):
         rate = self.processor.feature_extractor.sampling_rate
         if isinstance(inputs, dict) and inputs.get("raw") is not None:  # as the speech recognition pipeline has it
             inputs = {**{key: value for key, value in inputs.items() if key != "raw"}, "array": inputs["raw"]}
-        if sampling_rate is not None and isinstance(inputs, np.ndarray | list):
-            inputs = (np.asarray(inputs), sampling_rate)
+        if sampling_rate is not None and isinstance(inputs, np.ndarray | torch.Tensor | list):
+            inputs = (inputs, sampling_rate)
         features = self.processor(audio=inputs)
         limit = self.model.config.audio_config
         frames = int(limit.max_audio_seconds * limit.frame_rate)

@@ -92,7 +92,7 @@ def load_prompts(place: str, cut: PromptCut, split: str = "validation") -> tuple
     found = [utterance for utterance in load_utterances(place, split) if utterance.has_recording]
     if not found:
         raise ValueError(f"{place}: continuations need recordings, and there are none.")
-    prompts = [SpokenPrompt(item.id, item.text, item.source, item.index, cut) for item in found]
+    prompts = [SpokenPrompt(item.id, item.text, item.source, item.index, item.seconds, cut) for item in found]
     kept = [prompt for prompt in prompts if cut.range_of(_seconds(prompt)) is not None]
     if not kept:
         raise ValueError(f"{place}: no recording has room for a prompt of {cut} and what follows.")
@@ -322,7 +322,9 @@ def _answers(rows: list[dict], items: Sequence, normalizer, add: Callable) -> No
     for row, item in asked:
         row["answers"] = item.answers
         written = row.get("written") or {}
-        said = {"text": written.get("continuation") or written.get("text") or "", "speech": row.get("transcript", "")}
+        answer = written.get("continuation")  # an empty one is not the question's words
+        answer = written.get("text", "") if answer is None else answer
+        said = {"text": answer, "speech": row.get("transcript", "")}
         for kind, is_measured in (("text", writes), ("speech", listened)):
             if is_measured:
                 row[f"{kind}_correct"] = bool(

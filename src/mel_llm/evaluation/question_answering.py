@@ -5,7 +5,7 @@ import os
 import re
 import string
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import evaluate
@@ -159,7 +159,7 @@ def load_questions(place: str, audio_folder: str | None = None, split: str = "te
             `answer` (there: `targetValue`) and a column of audio files, relative to it; `id` names a row. Or a dataset in any
             form that [`SpeechSource`] takes, such as `fixie-ai/llama-questions`, with its options.
         audio_folder (`str`, *optional*): Where the questions are spoken, for tables without such a column: files named by the
-            row's `id`, or its number from 1 (as those of LLaMA-Questions are).
+            rows' `id`, or, where no file is named by one, by their number from 1 (as those of LLaMA-Questions are).
         split (`str`, defaults to `"test"`): Of a dataset, unless the source names one.
 
     Raises:
@@ -193,11 +193,13 @@ def _from_table(path: Path, source: SpeechSource, audio_folder: str | None) -> l
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"--qa_audio: there is no folder {audio_folder!r}.")
     files = {} if folder is None else {f.stem: f for f in folder.iterdir() if f.suffix.lower() in AUDIO_EXTENSIONS}
+    ids = ["" if row.get("id") is None else str(row["id"]) for row in rows]
+    # One way for all rows: the number of one may be the id of another
+    by_id = any(name in files for name in ids)
     questions = []
-    for number, row in enumerate(rows, start=1):
+    for number, (row, name) in enumerate(zip(rows, ids, strict=True), start=1):
         text = _first(row, (source.text_column,) if source.text_column else _QUESTION_KEYS) or ""
         answers = read_answers(_first(row, (source.answer_column,) if source.answer_column else _ANSWER_KEYS))
-        name = str(row.get("id") or "")
         if folder is None:
             cell = _first(row, (source.audio_column,) if source.audio_column else AUDIO_COLUMNS)
             if not cell:
@@ -207,7 +209,7 @@ def _from_table(path: Path, source: SpeechSource, audio_folder: str | None) -> l
                 )
             file = path.parent / str(cell.get("path") if isinstance(cell, dict) else cell)
         else:
-            names = [stem for stem in (name, str(number), str(number).zfill(4)) if stem and stem in files]
+            names = [stem for stem in ([name] if by_id else [str(number), str(number).zfill(4)]) if stem in files]
             if not names:
                 raise FileNotFoundError(f"--qa_audio: question {name or number} is spoken in no file there.")
             file = files[names[0]]
@@ -220,6 +222,7 @@ def _from_table(path: Path, source: SpeechSource, audio_folder: str | None) -> l
 
 
 def _from_dataset(source: SpeechSource, split: str) -> list[SpokenQuestion]:
+    source = replace(source, task="qa")  # a question and an answer could be about the recording as well
     try:
         data = load_source(source, split, needs_text=False)
     except FileNotFoundError as error:
@@ -235,7 +238,7 @@ def _from_dataset(source: SpeechSource, split: str) -> list[SpokenQuestion]:
 
 
 def _first(row: dict, names: Iterable[str]):
-    return next((row[name] for name in names if row.get(name)), None)
+    return next((row[name] for name in names if row.get(name) or row.get(name) == 0), None)
 
 
 def _file_name(name: str) -> str:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..audio_utils_mel_llm import TruncatedAudioError, stream_audio
 from ..evaluation.plugins import PREFIX, describe_callable
 from ..evaluation.recognizers import PipelineRecognizer, load_recognizer
-from ..transcription_mel_llm import _transcribe_clips, split_audio
+from ..transcription_mel_llm import split_audio, transcribe_clips
 from .dataset import CLIP_ERRORS, load_clip
 
 
@@ -137,7 +137,7 @@ class Labeler:
         }
         recognizer: PipelineRecognizer = self.recognizer
         if self._kind == "mel_llm":
-            texts = _transcribe_clips(pipe.model, recognizer.processor, clips, recognizer.language, None, options)
+            texts = transcribe_clips(pipe.model, recognizer.processor, clips, recognizer.language, None, options)
         else:
             if recognizer.language is not None:
                 options.update(language=recognizer.language, task="transcribe")
@@ -195,6 +195,7 @@ class _Piece:
     number: int
     start: float
     samples: np.ndarray
+    state: str | None
 
 
 class PseudoLabels:
@@ -307,6 +308,14 @@ class PseudoLabels:
         for row in tqdm(rows, desc="Transcribing", unit="recording", disable=None):
             key = self._key(row, order)
             order[key] = row
+            try:
+                state = _state_of(row["audio"])
+                self._check_state(key, state)
+            except CLIP_ERRORS as error:
+                self.finished.pop(key, None)
+                self.failed[row["origin"]] = str(error)
+                logger.warning(f"{row['origin']} is left out: {error}")
+                continue
             if self._is_done(key, row):
                 continue
             number, count, warning = 0, 0, None
@@ -320,7 +329,7 @@ class PseudoLabels:
                     if known is not None and known["start"] == start:
                         self._write_audio(key, known, piece.samples)
                         continue
-                    waiting.append(_Piece(key, number, start, piece.samples))
+                    waiting.append(_Piece(key, number, start, piece.samples, state))
                     if len(waiting) >= self.batch_size * _BATCHES_AT_HAND:
                         transcribed += self._transcribe(waiting)
                         self._close(open_recordings)
@@ -332,7 +341,9 @@ class PseudoLabels:
                 logger.warning(f"{row['origin']} is left out: {error}")
                 waiting = [piece for piece in waiting if piece.key != key]
                 continue
-            open_recordings[key] = {"recording": key, "pieces": count, **({"warning": warning} if warning else {})}
+            open_recordings[key] = {"recording": key, "pieces": count, "state": state}
+            if warning:
+                open_recordings[key]["warning"] = warning
         transcribed += self._transcribe(waiting)
         self._close(open_recordings)
         return {**self._write_metadata(order), "transcribed": transcribed, "failed": dict(self.failed)}
@@ -344,10 +355,18 @@ class PseudoLabels:
         base = place if os.path.isdir(place) else os.path.dirname(place)
         key = os.path.relpath(origin, base) if os.path.isabs(origin) else origin
         if row.get("offset"):
-            key += f"@{row['offset']:g}"
+            key += f"@{row['offset']:.12g}"
         if key in seen:
             raise ValueError(f"Two recordings are called {key!r}: their transcripts could not be told apart.")
         return key
+
+    def _check_state(self, key: str, state: str | None) -> None:
+        """Transcripts of one recording must not stand beside the sound of another of the same name."""
+        lines = [*self.labels.get(key, {}).values(), *([self.finished[key]] if key in self.finished else [])]
+        if any(line.get("state", state) != state for line in lines):
+            raise ValueError(
+                "the recording has changed since it was transcribed. Give it another name, or choose another --output_dir."
+            )
 
     def _pieces(self, row: dict[str, Any]):
         rate = self.labeler.rate
@@ -371,6 +390,7 @@ class PseudoLabels:
                     "seconds": round(len(piece.samples) / self.labeler.rate, 4),
                     "text": " ".join(text.split()),
                     "confidence": None if confidence is None else round(confidence, 4),
+                    "state": piece.state,
                 }
                 self._write_audio(piece.key, line, piece.samples)
                 self.labels.setdefault(piece.key, {})[piece.number] = line
@@ -455,6 +475,20 @@ class PseudoLabels:
             partial.write_bytes(content)
             os.replace(partial, path)
         return summary
+
+
+def _state_of(audio: dict[str, Any]) -> str | None:
+    """Another one if another recording has come under the same name: of its size and its beginning, since a copy of a file
+    has another time. None for what is neither a file nor bytes."""
+    if audio.get("bytes") is not None:
+        size, begin = len(audio["bytes"]), audio["bytes"][:65536]
+    elif audio.get("path") and os.path.isfile(audio["path"]):
+        size = os.path.getsize(audio["path"])
+        with open(audio["path"], "rb") as file:
+            begin = file.read(65536)
+    else:
+        return None
+    return _sha256(str(size).encode() + begin)[:16]
 
 
 def _sha256(content: bytes) -> str:
