@@ -249,6 +249,12 @@ def test_adapters_are_a_model(tiny, tmp_path, speech_clips):
         make_transcriber(str(tmp_path / "adapters")).load()
 
 
+def test_a_part_of_the_data_is_a_part(folder):
+    names = {part: [clip.id for clip in load_clip_set(f"{folder}{part}").utterances] for part in ("", ",fraction=0.4")}
+    assert len(names[",fraction=0.4"]) == 2 and set(names[",fraction=0.4"]) < set(names[""])
+    assert len(load_clip_set(f"{folder},hours=0.0001")) == 1
+
+
 def test_clips_of_one_name_and_size_are_not_taken_for_each_other(tmp_path, speech_clips):
     """As cut to one length and unpacked by a program that sets one time: a row less, and their numbers are others."""
     for place, name in enumerate("abc"):

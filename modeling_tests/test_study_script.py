@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,27 @@ def test_other_arguments_for_a_run_that_is_done_are_refused(script, finished, sp
     config = written(tmp_path, base={**STUDY["base"], "learning_rate": 1e-3})
     with pytest.raises(ValueError, match="whole was run with other arguments.*learning_rate None, now 0.001"):
         script.main(words(config, folder, speech))
+
+
+def test_no_figure_of_another_run_is_reported(script, finished, speech, tmp_path):
+    """Of arguments that were changed, or of a model whose beginnings were made anew."""
+    _, done, _, _ = finished
+    folder = tmp_path / "runs"
+    shutil.copytree(done, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = written(tmp_path, base={**STUDY["base"], "learning_rate": 1e-3})
+    assert script.main(words(config, folder, speech, "--report-only")) == 0
+    text = (folder / "report.md").read_text()
+    assert "`whole`: was run with other arguments" in text and "7.12" in text and "trained weights" not in text
+
+    config = written(tmp_path)
+    assert script.main(words(config, folder, speech, "--report-only")) == 0
+    assert "trained weights" in (folder / "report.md").read_text()
+    shutil.rmtree(folder / "text-lm")
+    with pytest.raises(ValueError, match="whole began with a model of text-lm that is not there any more"):
+        script.main(words(config, folder, speech))
+    assert script.main(words(config, folder, speech, "--only", "text-lm")) == 0
+    text = (folder / "report.md").read_text()
+    assert "`whole`: began with a model of text-lm" in text and "`text-lm`" not in text
 
 
 def test_two_at_once_are_refused(script, finished, speech):

@@ -236,6 +236,11 @@ def check(study: Study, folder: Path, names: list[str], elsewhere: bool = False)
             raise ValueError(f"{study.config}, run {name}: {error}") from error
         record = read_record(folder / name)
         trained = any((folder / name / "model").glob("checkpoint-*")) or (folder / name / "model" / SUMMARY).is_file()
+        if record is not None and trained and (other := study_report.replaced_start(record, folder)):
+            raise ValueError(
+                f"{folder / name} began with a model of {other} that is not there any more: it was trained again, or deleted. "
+                f"Delete {folder / name}, too, or choose another --output_dir."
+            )
         if record is not None and trained and (record["script"], record["arguments"]) != (run.script, run.arguments):
             raise ValueError(
                 f"{folder / name} was run with other arguments than {study.config} has now: {_difference(record, run)}. Delete that "
@@ -385,6 +390,8 @@ def run_all(study: Study, folder: Path, names: list[str], lock: tuple[int, ...] 
             failed.append(name)
             continue
         record |= {"status": "running", "error": None, "environment": describe_environment()}
+        record["began"] = time.time_ns()
+        record["needs"] = {other: (read_record(folder / other) or {}).get("began") for other in run.needs()}
         record["environment"].pop("command")
         write_record(place, record)
         print(f"{head}: {run.title} ...", end=" ", flush=True)

@@ -110,8 +110,8 @@ def _parts(text: str) -> tuple[str, str] | None:
 def write(study, folder: Path, command: str, report: Path | None = None) -> Path:
     """Writes `report.md` and its plots into the study's folder, and the same into `report`, with the plots in `images`
     beside that. Returns where it is to be read."""
-    results = {name: result_of(folder / name) for name in study.runs}
-    records = {name: _record(folder / name) for name in study.runs}
+    records = {name: _record(run, folder) for name, run in study.runs.items()}
+    results = {name: result_of(folder / name) if records[name]["status"] == "done" else {} for name in study.runs}
     tables = [(table, _rows(study, table, results)) for table in study.tables]
     text = _replace_in(folder / "report.md", _text(study, command, tables, results, records, folder, ""))
     if report is not None:
@@ -121,11 +121,29 @@ def write(study, folder: Path, command: str, report: Path | None = None) -> Path
     return text
 
 
-def _record(folder: Path) -> dict:
+def _record(run, folder: Path) -> dict:
+    """Of what the file says now: a figure of other arguments, or of another start, is not this run's."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / run.name / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"status": "not run yet"}
+    if (record["script"], record["arguments"]) != (run.script, run.arguments):
+        return {"status": "was run with other arguments than the file has now"}
+    if other := replaced_start(record, folder):
+        return {"status": f"began with a model of {other} that is not there any more"}
+    return record
+
+
+def replaced_start(record: dict, folder: Path) -> str | None:
+    """The run whose model this one began with, if that was trained again since, or deleted."""
+    for other, began in record.get("needs", {}).items():
+        try:
+            now = json.loads((folder / other / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return other
+        if now.get("began") != began:
+            return other
+    return None
 
 
 def _replace_in(path: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..training.dataset import load_clip
-from ..training.report import clip_duration
+from ..training.report import clip_duration, select_clips
 from ..training.sources import AUDIO_COLUMNS, TEXT_COLUMNS, SpeechSource, load_source, read_rows
 from .plugins import fingerprint
 
@@ -149,15 +149,17 @@ def load_recordings(source: SpeechSource, split: str, **options) -> tuple[list[U
                 raise
             split, found = "train", None  # as a folder without splits is called
     data = load_source(source, split, **options) if data is None else data
-    stems = [_file_name(Path(origin.rpartition(": ")[2]).stem) for origin in data["origin"]]
-    if len(set(stems)) < len(stems):
-        stems = [f"{index:05d}_{stem}" for index, stem in enumerate(stems)]
     seconds = []
     for index in range(len(data)):  # headers only; a broken file must not be met after hours
         try:
             seconds.append(clip_duration(data[index]))
         except (OSError, ValueError) as error:
             raise ValueError(f"{data[index]['origin']}: {error}. Repair it or leave it out (`exclude`).") from None
+    if source.fraction is not None or source.hours is not None:
+        data, seconds, _ = select_clips(data, None, fraction=source.fraction, hours=source.hours)
+    stems = [_file_name(Path(origin.rpartition(": ")[2]).stem) for origin in data["origin"]]
+    if len(set(stems)) < len(stems):
+        stems = [f"{index:05d}_{stem}" for index, stem in enumerate(stems)]
     texts = data["text"]
     return [
         Utterance(stem, text.strip(), data, index, seconds[index])

@@ -219,5 +219,6 @@ __all__ = [
     "count_parameters",
     "freeze",
     "load_adapter",
+    "load_adapters",
     "lora_config",
 ]
