@@ -314,6 +314,17 @@ def test_a_ctc_head_has_batches_of_transcripts(script, recordings, tmp_path):  #
             script.prepare(words(recordings, tmp_path / "run", *more, name, value))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_batches_without_any_text(script, recordings, tmp_path, accumulation):  # noqa: F811
+    """Small ones can lack it by chance: the log must not count on it."""
+    more = ["--tasks", "continuation", *SPOKEN[2:], "--skip_text_probability", "1", "--max_steps", "2"]
+    more += ["--gradient_accumulation_steps", str(accumulation)]
+    train(script, *words(recordings, tmp_path / "run", *more))
+    log = [entry for entry in log_history(tmp_path / "run") if "loss" in entry]
+    assert all("continuation_text" not in entry for entry in log) and len(log) == 2
+    assert [entry["loss"] for entry in log] == pytest.approx([entry["continuation_loss"] for entry in log], rel=1e-3)
+
+
 @pytest.mark.parametrize("task", ["continuation", "qa"])
 def test_streams_of_every_task_go_on(script, recordings, questions, tmp_path, task):  # noqa: F811
     place = questions if task == "qa" else recordings

@@ -116,19 +116,19 @@ def test_mixtures_and_filters_go_on_exactly(script, table, kind, monkeypatch):  
 def test_a_budget_of_tokens_for_a_stream(table, tiny):
     model, processor = tiny
     counter = TokenCounter(processor, model.config)
-    stream = stream_of(table, max_tokens=300, counter=counter)
+    stream = stream_of(table, max_tokens=170, counter=counter)
     batches = list(islice(stream, 12))
     sizes = []
     for batch, _ in batches:
         made = TranscriptionCollator(processor)(batch)
         ids, _ = model._build_prompt(made["input_features"], made["attention_mask"])
-        sizes.append(len(batch) * (ids.shape[1] + made["labels"].shape[1] + 1))
-    assert max(sizes) <= 300 and np.mean(sizes) > 240 and len({len(batch) for batch, _ in batches}) > 1
-    again = stream_of(table, max_tokens=300, counter=counter)
+        sizes.append(len(batch) * (ids.shape[1] + made["labels"].shape[1]))
+    assert max(sizes) <= 170 and np.mean(sizes) > 90 and len({len(batch) for batch, _ in batches}) > 1
+    again = stream_of(table, max_tokens=170, counter=counter)
     again.trained_on(batches[4][1])
     assert texts(islice(again, 6)) == texts(batches[5:11])
     packed = TokenCounter(processor, model.config, packed=["asr"])
-    more = list(islice(stream_of(table, max_tokens=300, counter=packed), 12))
+    more = list(islice(stream_of(table, max_tokens=170, counter=packed), 12))
     assert np.mean([len(batch) for batch, _ in more]) >= np.mean([len(batch) for batch, _ in batches])
     with pytest.raises(ValueError, match="max_batch_tokens. is 20, but a clip of 30 s"):
         stream_of(table, max_tokens=20, counter=counter, max_seconds=30.0)

@@ -336,7 +336,10 @@ def _terms_of(outputs, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _weight(inputs: dict[str, Any]) -> torch.Tensor | int:
-    """What a batch counts in means over batches: its tokens, or its frames, as in the losses themselves."""
+    """What a batch counts in means over batches: its tokens, or its frames, as in the losses themselves; where there are
+    both, its clips, of which some or all may have no text."""
+    if "spectrogram_labels" in inputs:
+        return len(inputs["spectrogram_labels"])
     return (inputs["labels"] != -100).sum() if inputs.get("labels") is not None else 1
 
 
