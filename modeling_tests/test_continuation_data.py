@@ -28,6 +28,7 @@ from mel_llm.training import (
     select_continuations,
 )
 from mel_llm.training.sources import read_answers
+from mel_llm.training.throughput import ThroughputMeter
 
 
 SPOKEN = ["--tasks", "continuation,qa", *SCRATCH, *SPEECH, "--prompt_seconds", "1"]
@@ -133,6 +134,9 @@ def test_the_text_is_whole_and_the_sound_is_cut(model_and_processor, speech_clip
     assert torch.equal(batch["spectrogram_labels"][0, : lengths[0]], behind)
     output = model(**batch)
     assert torch.isfinite(output.loss) and {"text", "mel"} & set(output.losses)
+    meter = ThroughputMeter(100.0)
+    meter.add(batch)
+    assert int(meter.pending) == 3 * 300 + sum(lengths)  # heard, and spoken
 
     later = ContinuationCollator(processor, features_later=True)
     assert all(torch.equal(value, batch[key]) for key, value in later.finish(later(examples)).items())

@@ -176,7 +176,9 @@ def test_questions_in_a_stream_count_with_the_budget(table, tiny):
     asked = "Which emotion is in this voice, and what else is heard in the room around it?"
     for packed in ((), ("asr",)):
         counter = TokenCounter(processor, model.config, packed=packed)
-        stream = SpeechStream(source(table, text_column="text", instruction=asked), buffer_size=8, max_tokens=400, counter=counter)
+        stream = SpeechStream(
+            source(table, text_column="text", instruction=asked), buffer_size=8, max_tokens=400, counter=counter
+        )
         batches = [batch for batch, _ in islice(stream, 6)]
         assert all(example["instruction"] == asked for batch in batches for example in batch)
         collator = TranscriptionCollator(processor)
