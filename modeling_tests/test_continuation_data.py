@@ -28,6 +28,7 @@ from mel_llm.training import (
     select_continuations,
 )
 from mel_llm.training.sources import read_answers
+from mel_llm.training.throughput import ThroughputMeter
 
 
 SPOKEN = ["--tasks", "continuation,qa", *SCRATCH, *SPEECH, "--prompt_seconds", "1"]
@@ -133,6 +134,9 @@ def test_the_text_is_whole_and_the_sound_is_cut(model_and_processor, speech_clip
     assert torch.equal(batch["spectrogram_labels"][0, : lengths[0]], behind)
     output = model(**batch)
     assert torch.isfinite(output.loss) and {"text", "mel"} & set(output.losses)
+    meter = ThroughputMeter(100.0)
+    meter.add(batch)
+    assert int(meter.pending) == 3 * 300 + sum(lengths)  # heard, and spoken
 
     later = ContinuationCollator(processor, features_later=True)
     assert all(torch.equal(value, batch[key]) for key, value in later.finish(later(examples)).items())
@@ -312,6 +316,17 @@ def test_a_ctc_head_has_batches_of_transcripts(script, recordings, tmp_path):  #
     for name, value in (("--ctc_only_steps", "2"), ("--label_smoothing_factor", "0.1")):
         with pytest.raises(ValueError, match=f"{name} is for"):
             script.prepare(words(recordings, tmp_path / "run", *more, name, value))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_batches_without_any_text(script, recordings, tmp_path, accumulation):  # noqa: F811
+    """Small ones can lack it by chance: the log must not count on it."""
+    more = ["--tasks", "continuation", *SPOKEN[2:], "--skip_text_probability", "1", "--max_steps", "2"]
+    more += ["--gradient_accumulation_steps", str(accumulation)]
+    train(script, *words(recordings, tmp_path / "run", *more))
+    log = [entry for entry in log_history(tmp_path / "run") if "loss" in entry]
+    assert all("continuation_text" not in entry for entry in log) and len(log) == 2
+    assert [entry["loss"] for entry in log] == pytest.approx([entry["continuation_loss"] for entry in log], rel=1e-3)
 
 
 @pytest.mark.parametrize("task", ["continuation", "qa"])
