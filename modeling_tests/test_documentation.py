@@ -1,5 +1,6 @@
 """Every Python block of the README and the docs runs, in the order in which a reader meets it."""
 
+import importlib
 import re
 import shutil
 
@@ -60,3 +61,18 @@ def test_commands_that_the_readme_names_exist():
     assert "bash scripts/test.sh" in text and "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
     help_text = run("-m", "mel_llm.cli", "transcribe", "--help", TERM="dumb", NO_COLOR="1", COLUMNS="120").stdout
     assert "--model" in help_text and "files" in help_text.lower()
+
+
+def test_the_five_commands_of_the_readme_are_understood(monkeypatch):
+    """Their arguments exist and fit together; that they do what they say, the scripts' own tests hold."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## From Phi-4-multimodal to a table")[1]
+    commands = re.findall(r"python scripts/(\w+)\.py ([^&\n]+)", text.split("```")[1].replace("\\\n", " "))
+    assert [name for name, _ in commands] == ["convert_phi4mm", "train", "train", "evaluate_asr", "push"]
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    for name, words in commands:
+        module = importlib.import_module(name)
+        if name == "evaluate_asr":
+            (arguments,) = module.HfArgumentParser(module.AsrArguments).parse_args_into_dataclasses(words.split())
+            assert arguments.benchmark in module.BENCHMARKS
+        else:
+            module.parse_arguments(words.split())

@@ -231,6 +231,8 @@ def test_adapters_are_a_model(tiny, tmp_path, speech_clips):
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="is not there"):
         make_transcriber(str(tmp_path / "adapters"))
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        make_transcriber(str(tmp_path / "nowhere"))
     encoder = {"encoder_type": "conformer", "encoder_config": {"num_blocks": 1, "intermediate_size": 16}}
     audio_config = {**model.config.audio_config.to_dict(), **encoder}
     other = type(model)(type(model.config)(**{**model.config.to_dict(), "audio_config": audio_config}))

@@ -276,7 +276,14 @@ def test_merging_later_leaves_no_adapter_behind(script, folder, tiny_folder, tmp
     train(script, *words(folder, output, *more, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"))
     assert (output / "adapter_config.json").is_file()
     (output / "notes.txt").write_text("mine")
+    again = ["--model_name_or_path", str(output), "--lora", "small", "--init_adapter", str(output)]
+    with pytest.raises(ValueError, match="holds adapters itself"):  # which would win without a word
+        script.prepare(words(folder, tmp_path / "other", *again))
+    before = json.loads((output / "training_summary.json").read_text())
     train(script, *words(folder, output, *more, "--max_steps", "2", "--merge_lora"))
+    after = json.loads((output / "training_summary.json").read_text())
+    assert after["metrics"]["train_loss"] == before["metrics"]["train_loss"] > 0
+    assert after["resources"] == before["resources"] and after["length"]["merge_lora"]
     assert not list(output.glob("adapter*")) and (output / "model.safetensors").is_file()
     assert (output / "notes.txt").read_text() == "mine"
 

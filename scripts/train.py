@@ -566,6 +566,11 @@ def find_adapters(model_args: ModelArguments) -> tuple[str | None, ModelArgument
             f"--model_name_or_path: {name} holds adapters. Go on with them by --lora, or merge them first: its command "
             "again, with --merge_lora."
         )
+    if model_args.init_adapter is not None:
+        raise ValueError(
+            f"--init_adapter: {name} holds adapters itself, which training would go on with. Name its base instead: "
+            f"--model_name_or_path {adapter_base(name)}."
+        )
     preset = LORA_PRESETS.get(model_args.lora, {})
     for key, given in (("r", model_args.lora_r), ("lora_alpha", model_args.lora_alpha)):
         if before[key] != (asked := given or preset.get(key)):
@@ -1093,6 +1098,10 @@ def train(run: Run) -> None:
         )
     if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}
+    if was_over(
+        run.checkpoint, trainer.state.max_steps
+    ):  # now it is only merged: what training cost and came to is still true
+        metrics, resources = with_earlier_figures(metrics, resources, folder)
     parameters, trainable = count_parameters(trainer.model), describe_trainable(trainer.model)
     if run.merge_lora:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
@@ -1104,6 +1113,27 @@ def train(run: Run) -> None:
         logger.info(f"The trained model is in {folder}.")
         if trainer.args.push_to_hub:
             push(run)
+
+
+def was_over(checkpoint: str | None, max_steps: int) -> bool:
+    """Whether a run had its last step before this start."""
+    if checkpoint is None:
+        return False
+    try:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        return state["global_step"] >= max_steps
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def with_earlier_figures(metrics: dict, resources: dict, folder: str) -> tuple[dict, dict]:
+    """The figures of the training whose summary lies in the folder, if one does, in the place of one without a step."""
+    try:
+        before = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))
+        earlier = {name: value for name, value in before["metrics"].items() if name.startswith("train_")}
+        return {**metrics, **earlier}, before["resources"]
+    except (OSError, ValueError, KeyError):
+        return metrics, resources
 
 
 def push(run: Run) -> None:

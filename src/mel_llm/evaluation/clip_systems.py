@@ -135,6 +135,8 @@ class ModelSystem(ClipSystem):
         self.attn_implementation, self.compile_mode, self.language = attn_implementation, compile_mode, language
         self.hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.generate_kwargs = {key: value for key, value in (generate_kwargs or {}).items() if value is not None}
+        if os.path.isabs(os.path.expanduser(name)) and not os.path.isdir(os.path.expanduser(name)):
+            raise FileNotFoundError(f"There is no folder {name}.")
         self.base = _base_of_adapters(name, revision)
         self.config = transformers.AutoConfig.from_pretrained(self.base or name, **self._hub_of(self.base or name))
         self.auto_class = _auto_class(self.config, name)
