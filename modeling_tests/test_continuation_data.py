@@ -142,6 +142,14 @@ def test_the_text_is_whole_and_the_sound_is_cut(model_and_processor, speech_clip
     assert all(torch.equal(value, batch[key]) for key, value in later.finish(later(examples)).items())
 
 
+def test_a_transcript_of_several_lines_has_no_separator(model_and_processor):
+    model, processor = model_and_processor
+    whole = torch.tensor(processor.continuation_text_ids("One two.\r\n Three\n"))
+    assert model._split(whole) == (None, None) and processor.tokenizer.decode(whole) == "One two. Three"
+    parts = model._split(torch.tensor(processor.continuation_text_ids("Who\nis it?", "Me\nand you.")))
+    assert [processor.tokenizer.decode(part) for part in parts] == ["Who is it?", "Me\nand you."]
+
+
 def test_texts_are_dropped_in_training_only(model_and_processor, speech_clips):
     model, processor = model_and_processor
     clip = max(speech_clips, key=lambda clip: clip["duration"])

@@ -216,14 +216,17 @@ def test_prompts_are_the_beginnings(recordings):
 
 
 def test_the_words_of_a_question_are_no_answer():
-    items = [SpokenQuestion(name, "is it red or blue", ["red"]) for name in "ab"]
-    written = [{"text": f"Is it red or blue? {said}", "transcript": "", "continuation": said} for said in ("", "Red.")]
+    items = [SpokenQuestion(name, "is it red or blue", ["red"]) for name in "abcdef"]
+    apart = [{"text": f"Is it red or blue? {said}", "transcript": "", "continuation": said} for said in ("", "Red.")]
+    texts = ("Is it red or blue?", "Is it red or blue? Red.", "It is red.", "")
+    written = [*apart, *({"text": text, "transcript": None, "continuation": None} for text in texts)]
     rows = [
         {"id": item.id, "written": text, "scores": {"asr": {"transcript": "a red one"}}}
         for item, text in zip(items, written, strict=True)
     ]
-    totals = summarize_continuations({"settings": {}, "utterances": rows}, items)["totals"]
-    assert totals["text_accuracy"]["value"] == 0.5 and totals["speech_accuracy"]["value"] == 1.0
+    summary = summarize_continuations({"settings": {}, "utterances": rows}, items)
+    assert [row["text_correct"] for row in summary["utterances"]] == [False, True, False, True, True, False]
+    assert summary["totals"]["speech_accuracy"]["value"] == 1.0
 
 
 def test_totals_are_of_what_was_said(recordings):

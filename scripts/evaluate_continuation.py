@@ -110,7 +110,7 @@ class EvaluationArguments:
     asr_language: str | None = field(default=None, metadata={"help": "Language spoken, for models that can be told."})
     lm: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub name of the language model for log-perplexities (paper: GPT-2)."},
+        metadata={"help": "Folder or Hub name of the language model for log-perplexities (paper: GPT-2, we believe)."},
     )
     normalizer: str = field(
         default="whisper", metadata={"help": "Of texts and transcripts; see mel_llm.evaluation.TEXT_NORMALIZERS."}

@@ -454,11 +454,13 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
         [`MelLLMForSpeechContinuation`]; the model adds the end of text.
 
         Args:
-            transcript (`str`): What is said in the recording; with what follows it, where the two cannot be told apart.
+            transcript (`str`): What is said in the recording; with what follows it, where the two cannot be told apart. Its
+                lines become one.
             continuation (`str`, *optional*): What follows it, or the answer. The separator goes between the two. Each is
                 tokenized on its own, so that the separator's tokens are those of the config.
         """
-        ids = self._plain_ids([transcript.strip()])[0]
+        # The end of a line separates the two, so that there is none in the transcript
+        ids = self._plain_ids([" ".join(transcript.split())])[0]
         if continuation is None:
             return ids
         return [*ids, *self.separator_ids(), *self._plain_ids([continuation.strip()])[0]]

@@ -316,14 +316,17 @@ def _answers(rows: list[dict], items: Sequence, normalizer, add: Callable) -> No
     asked = [(row, item) for row, item in zip(rows, items, strict=True) if isinstance(item, SpokenQuestion)]
     if not asked:
         return
-    metric = QuestionAnsweringAccuracy(normalizer=normalizer)
+    metric, normalize = QuestionAnsweringAccuracy(normalizer=normalizer), get_text_normalizer(normalizer)
     writes = any("written" in row for row, _ in asked)
     listened = any("transcript" in row for row, _ in asked)
     for row, item in asked:
         row["answers"] = item.answers
         written = row.get("written") or {}
-        answer = written.get("continuation")  # an empty one is not the question's words
-        answer = written.get("text", "") if answer is None else answer
+        answer = written.get("continuation")
+        if answer is None:  # not set apart: what is behind the question, whose own words are no answer
+            question, answer = normalize(item.text).strip(), written.get("text", "")
+            if question and f"{normalize(answer).strip()} ".startswith(f"{question} "):
+                answer = normalize(answer).strip()[len(question) :]
         said = {"text": answer, "speech": row.get("transcript", "")}
         for kind, is_measured in (("text", writes), ("speech", listened)):
             if is_measured:

@@ -22,12 +22,12 @@ Args:
 class LogPerplexity(SpeechMetric):
     """The negative log-likelihood of texts (natural logarithm) under any causal language model.
 
-    SPECTRON (arXiv 2305.15255) transcribes continuations and reports their log-perplexity under GPT-2, with values above 100.
-    How it sums them up is not known to us. So there are two results:
+    SPECTRON (arXiv 2305.15255) transcribes continuations and reports their log-perplexity, from memory under GPT-2 and with
+    values above 100, which no document at hand confirms. How it sums them up is not known to us. So there are two results:
 
     * `nll_per_token`: of all texts together, over all their tokens; `exp` of it is the usual perplexity.
-    * `nll_per_utterance`: the mean over texts of what a whole text has. It grows with the length, and is of the size of the
-      paper's numbers; that it is theirs is our guess.
+    * `nll_per_utterance`: the mean over texts of what a whole text has. It grows with the length, and is of the size of
+      those numbers; that it is theirs is our guess.
 
     Texts are taken as they are, each for itself, behind the model's token for the beginning (GPT-2: `<|endoftext|>`). For a
     tokenizer without one, the first token of a text is not scored. A text without tokens counts 0 in the second result.

@@ -1,8 +1,8 @@
 """Examples for SPECTRON (arXiv 2305.15255): speech cut into a prompt and its continuation, and spoken questions with
 their answers.
 
-No alignment is needed: the text to learn is the whole transcript, of the prompt and of what follows (section 3 of the
-paper). Where a clip is cut is the paper's 3 s by default; ranges, fractions, and dropping the text are ours.
+No alignment is needed: the text to learn is the whole transcript, of the prompt and of what follows (as the
+paper's reviewers quote it). Where a clip is cut is the paper's 3 s by default; ranges, fractions, and dropping the text are ours.
 """
 
 import math

@@ -1,5 +1,5 @@
 """Transcripts for speech that has none, written by a recogniser, as SPECTRON's authors labelled Libri-Light (arXiv
-2305.15255, section 4). Cutting at pauses, the confidence and the way it is stored are ours."""
+2305.15255). Cutting at pauses, the confidence and the way it is stored are ours."""
 
 import csv
 import hashlib
