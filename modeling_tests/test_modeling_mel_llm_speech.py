@@ -122,6 +122,8 @@ def test_limits_and_the_stop(speaking):
     assert [len(frames) for frames in output.spectrogram] == expected and output.stopped == [False, False]
     half = model.generate(**inputs, **free(max_seconds=0.5))
     assert [len(frames) for frames in half.spectrogram] == [52, 52]
+    whole = model.generate(**inputs, **free(max_seconds=0.6))  # 15 patches, and in float32 0.6 / 0.04 is more
+    assert [len(frames) for frames in whole.spectrogram] == [60, 60]
     at_once = model.generate(**inputs, **free(stop_threshold=1e-9, min_seconds=0.2))
     assert [len(frames) for frames in at_once.spectrogram] == [20, 20] and at_once.stopped == [True, True]
     waveforms = model.generate(**inputs, max_seconds=0.5, stop_threshold=1.0)

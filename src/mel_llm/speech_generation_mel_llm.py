@@ -391,7 +391,8 @@ class _SpeechOptions:
             most = torch.full_like(most, self.max_seconds)
         if self.min_seconds is not None:
             least = torch.full_like(most, self.min_seconds)
-        most = (most / patch_seconds).ceil().long().clamp(min=1)
+        # A little less, for quotients such as 0.3 / 0.01, which are a little more than whole
+        most = (most / patch_seconds - 1e-4).ceil().long().clamp(min=1)
         if self.max_patches is not None:
             most = most.clamp(max=self.max_patches)
         least = (least / patch_seconds).floor().long().clamp(min=1)  # no text is spoken in no time
