@@ -81,6 +81,9 @@ def command_line(config: Path, folder: Path, variables: dict[str, str]) -> str:
     def told(path) -> str:
         return local_name(str(path)) if os.path.isabs(path) or str(path).startswith("..") else str(path)
 
+    root = Path(__file__).resolve().parents[1]
+    if config.resolve().is_relative_to(root):
+        config = config.resolve().relative_to(root)
     words = ["python", "scripts/study.py", told(config), "--output_dir", f"runs/{folder.name}"]
     for name, value in variables.items():
         words += ["--set", f"{name}={told(value)}"]
@@ -220,8 +223,8 @@ def _where(done: list[dict], results: dict) -> str:
     return (
         f"{len(done)} runs in {minutes:.0f} minutes{cost}, {dates[0]} to {dates[-1]}; {'; '.join(machines)}; torch "
         f"{versions['torch']}, transformers {versions['transformers']}. Speeds and memory are of these runs on this machine; "
-        "compare them with each other only. Relative speeds are by the clock on a GPU, by CPU time on a CPU, where other programs "
-        "on the machine have no part in them."
+        "compare them with each other only. Relative speeds are by the clock on a GPU, by CPU time on a CPU, which other "
+        "programs on the machine change less."
     )
 
 
@@ -269,7 +272,7 @@ def _plot(path: Path, study, table: dict, rows: list[dict]) -> bool:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
         axes.set(title=title, xlabel=table["x"], xscale=table.get("scale", "linear"))
         axes.set_xticks(
-            sorted({row["x"] for row in rows}), labels=[f"{x:g}" for x in sorted({row["x"] for row in rows})]
+            sorted({row["x"] for row in rows}), labels=[f"{x:.3g}" for x in sorted({row["x"] for row in rows})]
         )
         axes.minorticks_off()
         axes.grid(alpha=0.3)
