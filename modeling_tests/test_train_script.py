@@ -19,6 +19,7 @@ from test_training_data import write_folder
 from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
 from mel_llm.training import last_checkpoint
+from mel_llm.training.command_line import arguments_of
 
 
 SCRIPT = str(ROOT / "scripts" / "train.py")
@@ -313,7 +314,7 @@ def test_nothing_trained_is_nothing_saved(script, folder, tmp_path):
 def test_the_best_error_rate_is_the_lowest(script, folder, tmp_path):
     arguments = words(folder, tmp_path, "--metric_for_best_model", "wer")
     assert script.parse_arguments(arguments)[2].greater_is_better is False
-    assert script.arguments_of({"save_strategy": False, "eval_data": []}) == ["--save_strategy", "no"]
+    assert arguments_of({"save_strategy": False, "eval_data": []}) == ["--save_strategy", "no"]
     with pytest.raises(SystemExit):
         script.parse_arguments(words(folder, tmp_path, "--merge_lora"))
 
