@@ -107,7 +107,7 @@ def read_study(path: Path, given: dict[str, str]) -> Study:
         ValueError: It is not what a study is; the message says where.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        content = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     content = _only(str(path), content, STUDY_KEYS)
