@@ -353,7 +353,7 @@ def test_the_miniature_study_is_understood_and_told(tmp_path, monkeypatch, capsy
 
     from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrainingArguments
 
-    folder = ROOT / "scripts" / "studies"
+    folder = ROOT / "scripts" / "ablations"
     spec = importlib.util.spec_from_file_location("spectron_ablation", folder / "spectron_ablation.py")
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)

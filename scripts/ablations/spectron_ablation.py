@@ -1,6 +1,6 @@
 """Trains the variants that a YAML file names, measures them, and writes one table.
 
-    python scripts/studies/spectron_ablation.py scripts/studies/spectron_miniature.yaml --train_data speech \\
+    python scripts/ablations/spectron_ablation.py scripts/ablations/spectron_miniature.yaml --train_data speech \\
         --eval_data speech --asr openai/whisper-base.en --lm openai-community/gpt2 --speaker_encoder resemblyzer \\
         --output_dir runs/ablation --page ablation.md
 
@@ -150,10 +150,10 @@ def page(study: dict, results: list[dict], arguments: list[str]) -> str:
     trained = next(iter(results[0]["data"]["train"].values()))
     clips = trained.get("continuation", trained)
     seed = study.get("train", {}).get("seed", 42)
-    command = without_local_paths(shlex.join(["python", "scripts/studies/spectron_ablation.py", *arguments]))
+    command = without_local_paths(shlex.join(["python", "scripts/ablations/spectron_ablation.py", *arguments]))
     parts = [
         f"# {study['title']}",
-        "Made by `scripts/studies/spectron_ablation.py`; do not edit.",
+        "Made by `scripts/ablations/spectron_ablation.py`; do not edit.",
         study.get("notes", ""),
         f"```bash\n{command}\n```",
         f"{environment['date']}, {environment['cpu']}, {environment['threads']} thread{'s' if environment['threads'] != 1 else ''}, no GPU, seed {seed}; torch "
