@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 
 import jiwer
@@ -480,7 +481,8 @@ def test_results_of_a_benchmark_have_the_hubs_form():
 def test_a_card_reads_the_scores(script, folder, tiny_folder, tmp_path):
     evaluate(script, *words(tmp_path / "out", "--data", folder, "--model", tiny_folder, "--max_new_tokens", "4"))
     (scores,) = (tmp_path / "out" / "scores").rglob("*.json")
-    card = create_model_card(tiny_folder, evaluations=[scores], overwrite=True)
+    copy = shutil.copytree(tiny_folder, tmp_path / "model")
+    card = create_model_card(copy, evaluations=[scores])
     result = {result.metric_type: result for result in card.data.eval_results}["wer"]
     given = json.loads(scores.read_text())
     assert result.metric_value == pytest.approx(100 * given["metrics"]["wer"], abs=1e-3)

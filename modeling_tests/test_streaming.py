@@ -131,6 +131,12 @@ def test_mixtures_and_filters_go_on_exactly(script, table, kind, monkeypatch):  
         assert texts(islice(stream, 4)) == texts(whole[stop : stop + 4]), stop
 
 
+def test_a_pass_is_not_changed_by_a_worker_that_begins_the_next(table):
+    stream = stream_of(table)
+    (first, _), (second, _) = stream._open(0, 0, 1, None), stream._open(1, 0, 1, None)
+    assert first.epoch != second.epoch and stream.stream.epoch == 0
+
+
 def test_a_budget_of_tokens_for_a_stream(table, tiny):
     model, processor = tiny
     counter = TokenCounter(processor, model.config)

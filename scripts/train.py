@@ -556,3 +556,5 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {error}")
     if run is not None:
         train(run)
+        # Several processes part in order: one that just ends is aborted now and then, and the launcher reports a failure
+        run.trainer.accelerator.end_training()

@@ -253,7 +253,9 @@ class SpeechStream(torch.utils.data.IterableDataset):
         """The stream of a process in a pass, and its rows from a place on."""
         from datasets.distributed import split_dataset_by_node
 
-        source = self.stream if world_size == 1 else split_dataset_by_node(self.stream, rank, world_size)
+        # For one process, too: the epoch of a dataset lies in memory that all workers share, and each is in a pass of its
+        # own. What is made here has one for itself.
+        source = split_dataset_by_node(self.stream, rank, world_size)
         if self.buffer_size:
             # Of all processes alike: they divide the shards among them in this order
             source.set_epoch(1 + int(np.random.SeedSequence([self.seed, num_pass]).generate_state(1)[0]) // 2)
