@@ -556,5 +556,12 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {error}")
     if run is not None:
         train(run)
-        # Several processes part in order: one that just ends is aborted now and then, and the launcher reports a failure
-        run.trainer.accelerator.end_training()
+        accelerator = run.trainer.accelerator
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        if not accelerator.is_main_process:
+            # With nothing left to do. Taking the interpreter down aborts such a process now and then ("terminate called
+            # without an active exception", from a thread of gloo), and the launcher takes that for a failed training.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
