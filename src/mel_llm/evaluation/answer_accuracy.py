@@ -11,7 +11,7 @@ from statistics import NormalDist
 import evaluate
 from datasets import Features, Value
 
-from .base import SpeechMetric, as_list
+from .base import SpeechMetric
 from .normalizers import get_text_normalizer
 
 
@@ -135,13 +135,6 @@ class AnswerAccuracy(SpeechMetric):
             inputs_description=_INPUTS,
             features=Features({"predictions": Value("string"), "references": Value("string")}),
         )
-
-    def _check_column(self, name: str, values) -> list[str]:
-        values = as_list(name, values)
-        for index, value in enumerate(values):
-            if not isinstance(value, str):
-                raise TypeError(f"`{name}[{index}]` must be a string, got {type(value).__name__}.")
-        return values
 
     def _compute(
         self,

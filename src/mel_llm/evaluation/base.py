@@ -49,8 +49,13 @@ class SpeechMetric(evaluate.Metric):
         return "" if self.keep_in_memory else super()._build_data_dir()
 
     def _check_column(self, name: str, values) -> list:
-        """The values of one input as a list, or an error that says which of them is wrong."""
-        raise NotImplementedError
+        """The values of one input as a list, or an error that says which of them is wrong. Texts, unless a metric has other
+        inputs."""
+        values = as_list(name, values)
+        for index, value in enumerate(values):
+            if not isinstance(value, str):
+                raise TypeError(f"`{name}[{index}]` must be a string, got {type(value).__name__}.")
+        return values
 
     def compute(self, *, predictions=None, references=None, **kwargs) -> dict | None:
         """The metric over what is passed here and everything added since the last call.

@@ -6,7 +6,7 @@ from typing import ClassVar
 import evaluate
 from datasets import Features, Value
 
-from .base import SpeechMetric, as_list
+from .base import SpeechMetric
 from .normalizers import get_text_normalizer
 
 
@@ -59,13 +59,6 @@ class ErrorRate(SpeechMetric):
             features=Features({"predictions": Value("string"), "references": Value("string")}),
             reference_urls=["https://github.com/jitsi/jiwer"],
         )
-
-    def _check_column(self, name: str, values) -> list[str]:
-        values = as_list(name, values)
-        for index, value in enumerate(values):
-            if not isinstance(value, str):
-                raise TypeError(f"`{name}[{index}]` must be a string, got {type(value).__name__}.")
-        return values
 
     def compute(
         self,

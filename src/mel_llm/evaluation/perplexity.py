@@ -7,7 +7,7 @@ import evaluate
 import torch
 from datasets import Features, Value
 
-from .base import SpeechMetric, as_list
+from .base import SpeechMetric
 from .plugins import describe_folder
 
 
@@ -66,13 +66,6 @@ class LogPerplexity(SpeechMetric):
             inputs_description=_INPUTS,
             features=Features({"predictions": Value("string")}),
         )
-
-    def _check_column(self, name: str, values) -> list[str]:
-        values = as_list(name, values)
-        for index, value in enumerate(values):
-            if not isinstance(value, str):
-                raise TypeError(f"`{name}[{index}]` must be a string, got {type(value).__name__}.")
-        return values
 
     def _compute(self, predictions: list[str], details: bool = False) -> dict:
         scored = self.score(predictions)

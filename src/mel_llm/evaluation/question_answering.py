@@ -63,17 +63,13 @@ class QuestionAnsweringAccuracy(SpeechMetric):
         )
 
     def _check_column(self, name: str, values) -> list:
-        values = as_list(name, values)
-        if name == "references":
-            values = [[value] if isinstance(value, str) else value for value in values]
-            for index, value in enumerate(values):
-                if not isinstance(value, (list, tuple)) or not all(isinstance(answer, str) for answer in value):
-                    raise TypeError(f"`references[{index}]` must be a list of strings, got {value!r}.")
-            return [list(value) for value in values]
+        if name != "references":
+            return super()._check_column(name, values)
+        values = [[value] if isinstance(value, str) else value for value in as_list(name, values)]
         for index, value in enumerate(values):
-            if not isinstance(value, str):
-                raise TypeError(f"`{name}[{index}]` must be a string, got {type(value).__name__}.")
-        return values
+            if not isinstance(value, (list, tuple)) or not all(isinstance(answer, str) for answer in value):
+                raise TypeError(f"`references[{index}]` must be a list of strings, got {value!r}.")
+        return [list(value) for value in values]
 
     def compute(self, *, predictions=None, references=None, normalizer=None, details: bool = False, **kwargs):
         """The accuracy over what is passed here and everything added since the last call.
