@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import HFValidationError
 from transformers.utils import logging
 
 from mel_llm.conversion import build_processor, check_new_folder, open_source, plan_conversion, write_conversion
 from mel_llm.conversion.phi4mm import ENCODERS, LORA_WAYS, PARTS
 from mel_llm.conversion.phi4mm_source import HUB_FILES, HUB_IGNORED, hub_tensors
+from mel_llm.script_errors import told_in_a_line
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -96,9 +96,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_line("convert_phi4mm.py"):
         main(sys.argv[1:])
-    except (OSError, ValueError, TypeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"convert_phi4mm.py: {error}")

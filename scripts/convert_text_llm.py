@@ -12,13 +12,10 @@ it before.
 import argparse
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mel_llm import (
@@ -37,6 +34,7 @@ from mel_llm.conversion import (
     parse_layers,
     prune_vocabulary,
 )
+from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters
 
 
@@ -152,9 +150,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_line("convert_text_llm.py"):
         main(sys.argv[1:])
-    except (OSError, ValueError, TypeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"convert_text_llm.py: {error}")

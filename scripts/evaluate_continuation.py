@@ -14,7 +14,6 @@ results.md with the tables, and for each system a folder with the sound, the tex
 
 import json
 import logging
-import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -22,8 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoProcessor, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
@@ -48,6 +45,7 @@ from mel_llm.evaluation.continuation_evaluation import CachedPerplexity, PromptV
 from mel_llm.evaluation.environment import describe_environment
 from mel_llm.evaluation.plugins import describe_folder
 from mel_llm.evaluation.speech_evaluation import write_whole
+from mel_llm.script_errors import interruption_goes_on, told_in_a_line
 from mel_llm.training import PromptCut
 
 
@@ -296,22 +294,8 @@ def report(
 
 if __name__ == "__main__":
     disable_progress_bar()
-    try:
+    with told_in_a_line("evaluate_continuation.py"):
         prepared = prepare(sys.argv[1:])
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        ImportError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:  # what the user can mend
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"evaluate_continuation.py: {error}")
-    try:
+    with interruption_goes_on(logger):
         complete = report(*prepared)
-    except KeyboardInterrupt:
-        logger.info("Interrupted. The same command goes on from here.")
-        sys.exit(130)
     sys.exit(0 if complete else 1)

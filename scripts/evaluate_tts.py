@@ -12,7 +12,6 @@ results.md with the table, and for each system a folder with the sound and the s
 
 import json
 import logging
-import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -20,8 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForTextToWaveform, AutoProcessor, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
@@ -47,6 +44,7 @@ from mel_llm.evaluation import (
 from mel_llm.evaluation.environment import describe_environment
 from mel_llm.evaluation.plugins import describe_folder
 from mel_llm.evaluation.speech_evaluation import write_whole
+from mel_llm.script_errors import interruption_goes_on, told_in_a_line
 
 
 logger = logging.getLogger("evaluate_tts")
@@ -265,22 +263,8 @@ def report(results: list[dict], evaluation: SpeechEvaluation, arguments: Evaluat
 
 if __name__ == "__main__":
     disable_progress_bar()
-    try:
+    with told_in_a_line("evaluate_tts.py"):
         evaluation, arguments = prepare(sys.argv[1:])
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        ImportError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:  # what the user can mend
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"evaluate_tts.py: {error}")
-    try:
+    with interruption_goes_on(logger):
         complete = report(evaluation.run(), evaluation, arguments)
-    except KeyboardInterrupt:
-        logger.info("Interrupted. The same command goes on from here.")
-        sys.exit(130)
     sys.exit(0 if complete else 1)

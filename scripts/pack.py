@@ -26,6 +26,7 @@ from transformers import (
 
 import mel_llm
 from mel_llm.publishing import RECORDS, without_paths
+from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters
 
 
@@ -120,9 +121,5 @@ def set_dtype(path: Path) -> None:
 
 if __name__ == "__main__":
     arguments = parse_arguments(sys.argv[1:])
-    try:
+    with told_in_a_line("pack.py", (OSError, ValueError, SafetensorError)):
         pack(arguments.run, arguments.folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
-    except (OSError, ValueError, SafetensorError) as error:
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"pack.py: {error}")

@@ -11,7 +11,6 @@ docs/data.md. Nothing is overwritten, and what was interrupted goes on when the 
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from speech_data.engines import ENGINES, EngineOptions
 from speech_data.g722 import find_g722_decoder
 from speech_data.synthesis import Synthesis, SynthesisPlan, available_engines, choose_voices
 from speech_data.texts import load_sentences
+
+from mel_llm.script_errors import interruption_goes_on, told_in_a_line
 
 
 logger = logging.getLogger("prepare_data")
@@ -129,12 +130,5 @@ def run_check(arguments: argparse.Namespace) -> int:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = build_parser().parse_args()
-    try:
+    with told_in_a_line("prepare_data.py", (OSError, ValueError, ImportError)), interruption_goes_on(logger):
         sys.exit(arguments.run(arguments))
-    except (OSError, ValueError, ImportError) as error:  # what the user can mend
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"prepare_data.py: {error}")
-    except KeyboardInterrupt:
-        logger.info("Interrupted. The same command goes on from here.")
-        sys.exit(130)

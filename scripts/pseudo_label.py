@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from mel_llm.card_results import local_name
+from mel_llm.script_errors import interruption_goes_on, told_in_a_line
 from mel_llm.training import SpeechSource, load_source
 from mel_llm.training.pseudo_labels import Labeler, PseudoLabels
 
@@ -143,15 +144,9 @@ def report(summary: dict, labels: PseudoLabels) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    mendable = (OSError, ValueError, TypeError, ImportError, SafetensorError)
+    with told_in_a_line("pseudo_label.py", mendable), interruption_goes_on(logger):
         labels, rows = prepare(sys.argv[1:])
         summary = labels.run(rows)
-    except KeyboardInterrupt:
-        logger.info("Interrupted. The same command goes on from here.")
-        sys.exit(130)
-    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:  # what the user can mend
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"pseudo_label.py: {error}")
     report(summary, labels)
     sys.exit(1 if summary["failed"] else 0)

@@ -27,6 +27,7 @@ import mel_llm
 from mel_llm import export_remote_code
 from mel_llm.model_card import CARD
 from mel_llm.publishing import MAX_FILE_BYTES, file_problems, repository_files, try_model, try_remote_code
+from mel_llm.script_errors import told_in_a_line
 from mel_llm.sharing_mel_llm import PROCESSOR_FILES, WEIGHT_FILES, prepare_repo, push_folder
 
 
@@ -166,10 +167,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
-    except (Refused, OSError, ValueError) as error:
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"push.py: {error}")
+        with told_in_a_line("push.py", (Refused, OSError, ValueError)):
+            main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("push.py: interrupted; what was not committed is not in the repository.")

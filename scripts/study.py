@@ -35,6 +35,7 @@ import yaml
 from mel_llm import MelLLMConfig
 from mel_llm.conversion import parse_layers
 from mel_llm.evaluation.environment import describe_environment
+from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import SpeechSource, load_source
 
 
@@ -577,10 +578,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # no training outlives this process
         signal.signal(number, STOP)
     try:
-        sys.exit(main(sys.argv[1:]))
+        with told_in_a_line("study.py", (OSError, ValueError, TypeError, ImportError)):
+            sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit("study.py: interrupted. The same command goes on.")
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"study.py: {error}")

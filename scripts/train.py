@@ -25,8 +25,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     set_seed,
 )
@@ -40,6 +38,7 @@ from mel_llm import (
 from mel_llm.card_results import local_name, local_names, source_keys
 from mel_llm.evaluation import make_compute_metrics
 from mel_llm.publishing import without_paths
+from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import (
     LORA_PRESETS,
     ContinuationCollator,
@@ -541,19 +540,8 @@ def write_summary(
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # said at every start on a machine without a GPU
-    try:
+    with told_in_a_line("train.py"):  # what comes later keeps its traceback
         run = prepare(sys.argv[1:])
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        ImportError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:  # what the user can mend; what comes later keeps its traceback
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"train.py: {error}")
     if run is not None:
         train(run)
         accelerator = run.trainer.accelerator

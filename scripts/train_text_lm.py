@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
 
 from mel_llm import MelLLMConfig
+from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters, train_tokenizer
 from mel_llm.training.sources import TEXT_COLUMNS, read_rows
 
@@ -139,9 +140,5 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_line("train_text_lm.py", (OSError, ValueError, TypeError)):
         train(parse_arguments(sys.argv[1:]))
-    except (OSError, ValueError, TypeError) as error:
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"train_text_lm.py: {error}")

@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 import mel_llm
 from mel_llm import MelLLMFeatureExtractor, MelLLMVocoder, MelLLMVocoderConfig
+from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import (
     SegmentSampler,
     SpeechDataset,
@@ -214,19 +213,8 @@ def save(trainer: VocoderTrainer, reports: dict) -> None:
 
 if __name__ == "__main__":
     disable_progress_bar()  # one for each checkpoint
-    try:
+    with told_in_a_line("train_vocoder.py"):
         prepared = prepare(sys.argv[1:])
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        ImportError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:  # what the user can mend
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"train_vocoder.py: {error}")
     if prepared is not None:
         trainer, reports = prepared
         trainer.train()

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -10,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from ..script_errors import interruption_goes_on, told_in_a_line
 from .clip_evaluation import ClipEvaluation
 from .clip_sets import ClipSet
 from .clip_systems import COMPILE_MODES, DTYPES, ClipSystem
@@ -21,9 +20,6 @@ from .normalizers import TEXT_NORMALIZERS, get_text_normalizer
 from .plugins import PREFIX, describe_callable, load_callable
 from .speech_evaluation import write_whole
 
-
-# What the user can mend
-USER_ERRORS = (OSError, ValueError, TypeError, ImportError, SafetensorError, StrictDataclassError)
 
 logger = logging.getLogger("evaluate")
 
@@ -185,14 +181,11 @@ def main(name: str, prepare: Callable, report: Callable) -> None:
     What the user can mend is told in a line. The exit status is 0, or 1 if some clips failed, 2 is the parser's, and 130
     that of an interruption.
     """
-    try:
+    with told_in_a_line(name):
         evaluation, arguments, *more = prepare(sys.argv[1:])
-    except USER_ERRORS as error:
-        if os.environ.get("MEL_LLM_DEBUG"):
-            raise
-        sys.exit(f"{name}: {error}")
     try:
-        results = evaluation.run()
+        with interruption_goes_on(logger):
+            results = evaluation.run()
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"{name}: out of memory ({str(error).splitlines()[0]}). Give a smaller --batch_size or --no_interleave; what is "
@@ -200,9 +193,6 @@ def main(name: str, prepare: Callable, report: Callable) -> None:
         )
     except (OSError, SafetensorError) as error:  # weights that cannot be read, a disk that is full
         sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        logger.info("Interrupted. The same command goes on from here.")
-        sys.exit(130)
     sys.exit(0 if report(results, evaluation, arguments, *more) else 1)
 
 
