@@ -272,6 +272,7 @@ def test_a_wrong_argument_writes_nothing(model_folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         create_model_card(model_folder, **arguments)
     assert not (model_folder / "README.md").exists() and not list(model_folder.glob("*.partial"))
+    assert not list(model_folder.glob(".partial*"))
 
 
 def test_folders_that_hold_no_mel_llm_are_refused(tmp_path):

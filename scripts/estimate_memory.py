@@ -14,7 +14,6 @@ Not in the figures: the CUDA context (about 0.5 GiB) and fragmentation. --measur
 import argparse
 import json
 import math
-import os
 import sys
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -28,6 +27,7 @@ from transformers import AttentionInterface, AutoConfig
 from mel_llm import MelLLMConfig, MelLLMForSpeechSeq2Seq
 from mel_llm.modeling_mel_llm import MelLLMModel
 from mel_llm.training import LORA_PRESETS, count_parameters, lora_config
+from mel_llm.whole_files import write_whole
 
 
 SHARDINGS = ("none", "zero1", "zero2", "fsdp2")
@@ -471,9 +471,7 @@ def main(argv: list[str]) -> None:
                     f"{2 * step.flops(checkpointing == 'on') / found['seconds'] / args.peak:.2f}\n"
                 )
     if args.json:
-        partial = Path(args.json).with_name(Path(args.json).name + ".partial")
-        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, args.json)
+        write_whole(Path(args.json), json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

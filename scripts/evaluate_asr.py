@@ -26,7 +26,6 @@ from mel_llm.evaluation.asr_report import asr_table, card_results, compare_speed
 from mel_llm.evaluation.clip_evaluation import ClipEvaluation
 from mel_llm.evaluation.clip_scripts import (
     ClipArguments,
-    claim_folder,
     describe_run,
     main,
     make_evaluation,
@@ -35,7 +34,7 @@ from mel_llm.evaluation.clip_scripts import (
 from mel_llm.evaluation.clip_sets import load_clip_set
 from mel_llm.evaluation.clip_systems import make_transcriber
 from mel_llm.evaluation.open_asr import BENCHMARKS, eval_results, load_benchmark
-from mel_llm.evaluation.speech_evaluation import write_whole
+from mel_llm.whole_files import claim_folder, write_whole
 
 
 logger = logging.getLogger("evaluate")

@@ -15,7 +15,6 @@ results.md with the tables, and for each system a folder with the sound, the tex
 import json
 import logging
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,9 +43,9 @@ from mel_llm.evaluation import (
 from mel_llm.evaluation.continuation_evaluation import CachedPerplexity, PromptVoice
 from mel_llm.evaluation.environment import describe_environment
 from mel_llm.evaluation.plugins import describe_folder
-from mel_llm.evaluation.speech_evaluation import write_whole
 from mel_llm.script_errors import interruption_goes_on, told_in_a_line
 from mel_llm.training import PromptCut
+from mel_llm.whole_files import claim_folder, write_whole
 
 
 logger = logging.getLogger("evaluate_continuation")
@@ -215,10 +214,7 @@ def prepare(argv: list[str]) -> tuple[dict[str, SpeechEvaluation], CachedPerplex
     (arguments,) = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):  # a night's work must not end where it cannot be written
-        pass
+    folder = claim_folder(arguments.output_dir)
     items = load_items(arguments)
     models = load_models(arguments)
     listen = (

@@ -13,7 +13,6 @@ results.md with the table, and for each system a folder with the sound and the s
 import json
 import logging
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,8 +42,8 @@ from mel_llm.evaluation import (
 )
 from mel_llm.evaluation.environment import describe_environment
 from mel_llm.evaluation.plugins import describe_folder
-from mel_llm.evaluation.speech_evaluation import write_whole
 from mel_llm.script_errors import interruption_goes_on, told_in_a_line
+from mel_llm.whole_files import claim_folder, write_whole
 
 
 logger = logging.getLogger("evaluate_tts")
@@ -198,10 +197,7 @@ def prepare(argv: list[str]) -> tuple[SpeechEvaluation, EvaluationArguments]:
     logger.setLevel(logging.INFO)  # and not the root: judges from outside would report on every file
     if not (arguments.model or arguments.reference or arguments.copy_synthesis or arguments.audio):
         raise ValueError("There is nothing to evaluate: give --model, --reference, --copy_synthesis or --audio.")
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):  # a night's work must not end where it cannot be written
-        pass
+    folder = claim_folder(arguments.output_dir)
     utterances = load_utterances(arguments.data)[: arguments.limit]
     recorded = sum(utterance.has_recording for utterance in utterances)
     logger.info(f"{len(utterances)} utterances, {recorded} of them recorded.")

@@ -27,15 +27,14 @@ from mel_llm.evaluation.answer_systems import make_answerer
 from mel_llm.evaluation.clip_evaluation import ClipEvaluation
 from mel_llm.evaluation.clip_scripts import (
     ClipArguments,
-    claim_folder,
     describe_run,
     main,
     make_evaluation,
     write_results,
 )
 from mel_llm.evaluation.clip_sets import ClipSet, load_clip_set
-from mel_llm.evaluation.speech_evaluation import write_whole
 from mel_llm.training.sources import REPLY_COLUMNS, SpeechSource
+from mel_llm.whole_files import claim_folder, write_whole
 
 
 logger = logging.getLogger("evaluate")

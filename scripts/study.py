@@ -37,6 +37,7 @@ from mel_llm.conversion import parse_layers
 from mel_llm.evaluation.environment import describe_environment
 from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import SpeechSource, load_source
+from mel_llm.whole_files import write_whole
 
 
 HERE = Path(__file__).resolve().parent
@@ -345,9 +346,7 @@ def read_record(folder: Path) -> dict | None:
 
 
 def write_record(folder: Path, record: dict) -> None:
-    partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from mel_llm.card_results import local_name
+from mel_llm.whole_files import write_whole
 
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
@@ -151,9 +152,7 @@ def replaced_start(record: dict, folder: Path) -> str | None:
 
 def _replace_in(path: Path, text: str) -> Path:
     before, after = (_parts(path.read_text(encoding="utf-8")) if path.is_file() else None) or ("", "\n")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{after}")
     return path
 
 

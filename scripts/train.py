@@ -97,6 +97,7 @@ from mel_llm.training.run_model import (
     set_statistics,
     set_vocoder,
 )
+from mel_llm.whole_files import write_whole
 
 
 logger = logging.getLogger("train")
@@ -532,10 +533,7 @@ def write_summary(
             **({"peft": importlib.metadata.version("peft")} if run.length["lora"] else {}),
         },
     }
-    path = Path(run.trainer.args.output_dir) / SUMMARY
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(without_paths(summary), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(Path(run.trainer.args.output_dir) / SUMMARY, json.dumps(without_paths(summary), indent=2) + "\n")
 
 
 if __name__ == "__main__":

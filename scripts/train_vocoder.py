@@ -36,6 +36,7 @@ from mel_llm.training import (
     load_source,
     select_clips,
 )
+from mel_llm.whole_files import write_whole
 
 
 logger = logging.getLogger("train_vocoder")
@@ -205,9 +206,7 @@ def save(trainer: VocoderTrainer, reports: dict) -> None:
             "transformers": transformers.__version__,
         },
     }
-    path = (folder / SUMMARY).with_suffix(".partial")
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(path, folder / SUMMARY)
+    write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     logger.info(f"The trained vocoder is in {folder}.")
 
 

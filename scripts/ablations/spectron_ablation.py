@@ -20,8 +20,8 @@ import yaml
 
 from mel_llm.card_results import without_local_paths
 from mel_llm.evaluation.environment import describe_environment
-from mel_llm.evaluation.speech_evaluation import write_whole
 from mel_llm.evaluation.speech_report import speech_table
+from mel_llm.whole_files import write_whole
 
 
 SCRIPTS = Path(__file__).resolve().parents[1]

@@ -20,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mel_llm.whole_files import write_whole
+
 from .attribution import ASTERISK, asterisk_attribution
-from .corpus import METADATA, SAMPLING_RATE, SPLITS, write_clip, write_metadata, write_whole
+from .corpus import METADATA, SAMPLING_RATE, SPLITS, write_clip, write_metadata
 from .debian import find_packages, package_version, read_package
 from .held_out import normalize_text, split_of
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mel_llm.whole_files import write_whole
+
 
 COLUMNS = ("file_name", "text", "speaker", "language", "duration", "source")
 METADATA = "metadata.csv"
@@ -18,15 +20,8 @@ SAMPLING_RATE = 16000
 _FORMATS = {".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "OPUS"), ".wav": ("WAV", "PCM_16")}
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Writes a file that appears whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-    os.replace(partial, path)
-
-
 def write_clip(path: Path, audio: np.ndarray) -> None:
-    """The same for a waveform `(samples,)` at 16 kHz, int16 or float, as FLAC, Ogg/Opus or WAV by its ending."""
+    """Writes a file that appears whole or not at all, of a waveform `(samples,)` at 16 kHz, int16 or float, as FLAC, Ogg/Opus or WAV by its ending."""
     import soundfile
 
     kind, subtype = _FORMATS[path.suffix]
@@ -69,5 +64,4 @@ __all__ = [
     "read_metadata",
     "write_clip",
     "write_metadata",
-    "write_whole",
 ]

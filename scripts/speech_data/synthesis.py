@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from mel_llm.audio_utils_mel_llm import resample, to_mono_float
+from mel_llm.whole_files import write_whole
 
 from .attribution import synthesis_attribution
 from .clip_faults import clip_fault
-from .corpus import SAMPLING_RATE, write_clip, write_metadata, write_whole
+from .corpus import SAMPLING_RATE, write_clip, write_metadata
 from .engines import EngineMissing, EngineOptions, SpeechEngine, make_engine
 from .held_out import is_held_out_voice
 from .texts import Sentence

@@ -31,6 +31,7 @@ from .card_results import (
 )
 from .checkpoint_files import read_weights
 from .configuration_mel_llm import MelLLMConfig
+from .whole_files import write_whole
 
 
 CARD = "README.md"
@@ -182,9 +183,7 @@ def create_model_card(
     if problems:
         raise ValueError(f"The card would not be valid: {'; '.join(problems)}.")
     content = f"{content}\n{_MARK.format(_digest(content))}\n"
-    partial = target.with_suffix(".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, target)
+    write_whole(target, content)
     return ModelCard(content)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..whole_files import write_whole
 from .clip_sets import ClipSet, check_names, manifest_path
 from .clip_systems import ClipSystem
 from .environment import describe_environment
-from .speech_evaluation import write_whole
 
 
 logger = logging.get_logger(__name__)

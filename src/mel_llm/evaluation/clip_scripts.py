@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,13 @@ import torch
 from safetensors import SafetensorError
 
 from ..script_errors import interruption_goes_on, told_in_a_line
+from ..whole_files import write_whole
 from .clip_evaluation import ClipEvaluation
 from .clip_sets import ClipSet
 from .clip_systems import COMPILE_MODES, DTYPES, ClipSystem
 from .environment import describe_environment
 from .normalizers import TEXT_NORMALIZERS, get_text_normalizer
 from .plugins import PREFIX, describe_callable, load_callable
-from .speech_evaluation import write_whole
 
 
 logger = logging.getLogger("evaluate")
@@ -131,15 +130,6 @@ class ClipArguments:
         return function, describe_callable(function)
 
 
-def claim_folder(path: str) -> Path:
-    """The folder, which can be written to: a night's work must not end where it cannot."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    return folder
-
-
 def make_evaluation(arguments: ClipArguments, sets: list[ClipSet], systems: list[ClipSystem]) -> ClipEvaluation:
     """The evaluation that the arguments ask for."""
     return ClipEvaluation(
@@ -198,7 +188,6 @@ def main(name: str, prepare: Callable, report: Callable) -> None:
 
 __all__ = [
     "ClipArguments",
-    "claim_folder",
     "describe_run",
     "main",
     "make_evaluation",

@@ -15,12 +15,12 @@ import numpy as np
 from transformers.utils import logging
 
 from ..training.continuation import PromptCut
+from ..whole_files import write_whole
 from .normalizers import get_text_normalizer
 from .perplexity import LogPerplexity
 from .plugins import describe_callable, fingerprint
 from .question_answering import QuestionAnsweringAccuracy, SpokenQuestion
 from .recognizers import Recognizer
-from .speech_evaluation import write_whole
 from .speech_judges import SpeechJudge, _probe, _try, make_judges
 from .speech_report import totals_of
 from .speech_systems import EVALUATION_RATE, Speech, SpeechSystem

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..training.sources import TEXT_COLUMNS, SpeechSource
+from ..whole_files import write_whole
 from .clip_sets import ClipSet, load_clip_set
-from .speech_evaluation import write_whole
 
 
 LEADERBOARD = "hf-audio/open-asr-leaderboard"

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from ..audio_utils_mel_llm import load_audio, resample
+from ..whole_files import write_whole
 from .plugins import fingerprint
 from .speech_judges import SpeechJudge
 from .speech_systems import EVALUATION_RATE, Speech, SpeechSystem
@@ -260,15 +261,8 @@ def _scores_of(path: Path, sha256: str) -> dict:
         return {}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_audio(path: Path, audio: np.ndarray, sampling_rate: int) -> None:
-    """The same for a 16-bit WAV; what is louder than 1 is clipped."""
+    """Writes a 16-bit WAV that appears whole or not at all; what is louder than 1 is clipped."""
     import soundfile
 
     partial = path.with_name(f".partial-{path.name}")
@@ -276,4 +270,4 @@ def write_audio(path: Path, audio: np.ndarray, sampling_rate: int) -> None:
     os.replace(partial, path)
 
 
-__all__ = ["SpeechEvaluation", "score_key", "write_audio", "write_whole"]
+__all__ = ["SpeechEvaluation", "score_key", "write_audio"]

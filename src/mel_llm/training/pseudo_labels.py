@@ -21,6 +21,7 @@ from ..audio_utils_mel_llm import TruncatedAudioError, stream_audio
 from ..evaluation.plugins import PREFIX, describe_callable
 from ..evaluation.recognizers import PipelineRecognizer, load_recognizer
 from ..transcription_mel_llm import split_audio, transcribe_clips
+from ..whole_files import write_whole
 from .dataset import CLIP_ERRORS, load_clip
 
 
@@ -257,9 +258,7 @@ class PseudoLabels:
         if not path.is_file():
             if any(self.folder.iterdir()):
                 raise FileExistsError(f"{self.folder} holds something else. Choose another --output_dir.")
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"settings": self.settings}) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, json.dumps({"settings": self.settings}) + "\n")
             return
         data = path.read_bytes()
         end = data.rfind(b"\n") + 1
@@ -471,9 +470,7 @@ class PseudoLabels:
         path = self.folder / METADATA
         if not path.is_file() or path.read_bytes() != content:
             self._note([{"metadata": _sha256(content)}])  # first: what is there without a note is somebody else's
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            write_whole(path, content)
         return summary
 
 

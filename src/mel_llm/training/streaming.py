@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..whole_files import write_whole
 from .augmentation import SpeedPerturbation, example_seed
 from .conditions import RecordingConditions
 from .dataset import CLIP_ERRORS, answer_of, load_clip
@@ -295,14 +296,12 @@ class SpeechStream(torch.utils.data.IterableDataset):
     def save_state(self, folder: str | os.PathLike, num_workers: int) -> None:
         """Writes where this process is in the stream into a checkpoint."""
         path = Path(folder) / _state_file(self.rank)
-        partial = path.with_suffix(".partial")
         content = {
             "of": self._identity(num_workers),
             "batches": self.batches,
             "workers": {str(worker): state for worker, state in self.states.items()},
         }
-        partial.write_text(json.dumps(content, default=_plain), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(content, default=_plain))
 
     def load_state(self, folder: str | os.PathLike, num_workers: int, num_batches: int, max_batches: int) -> None:
         """Goes on from a checkpoint.
