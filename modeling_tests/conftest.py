@@ -1,7 +1,9 @@
 """What the tests share: real speech that lies in the repository, and tiny models built from configs."""
 
 import csv
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,16 @@ def tiny_text_config(model_type: str = "llama", vocab_size: int = 320, **overrid
     if model_type == "mistral":
         fields.update(sliding_window=16)
     return mel_llm.MelLLMConfig._build_text_config({"model_type": model_type, **fields, **overrides})
+
+
+def load_script(name: str):
+    """The module of `scripts/NAME.py`, as it is without being run."""
+    path = ROOT / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 TINY_AUDIO = {"reduction_factor": 4, "conv_channels": 8, "hidden_size": 32}

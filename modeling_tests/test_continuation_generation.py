@@ -1,13 +1,12 @@
 """Going on with a prompt: what is generated is what training sees, alone and in batches, in text and in speech."""
 
 import copy
-import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_script
 from test_modeling_mel_llm_continuation import CONFORMER, build_continuing
 from transformers import GenerationConfig
 from transformers.utils import logging
@@ -370,9 +369,7 @@ def test_weights_without_numbers(continuing):
 def test_recordings_are_learnt_and_gone_on_with(tmp_path, form, clips, steps, furthest):
     """The joint objective on real speech: from the beginning of a recording the right words, and free-running the mel that
     followed (mean error in deviations), with its end; also without the words in between, if less well."""
-    spec = importlib.util.spec_from_file_location("demo_continuation", ROOT / "scripts" / "demo_continuation.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    demo = load_script("demo_continuation")
     sizes = ("--clips", str(clips), "--steps", str(steps))
     demo.main(["--output_dir", str(tmp_path), "--form", form, *sizes, "--plot"])
     figures = json.loads((tmp_path / "figures.json").read_text())

@@ -1,6 +1,5 @@
 """Phi-4-multimodal to Mel-LLM: the same scores as the source, whole or not at all, and every weight accounted for."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_script
 from hub_client import Client, ClientError
 from hub_server import HubServer
 from peft import PeftModel, get_peft_model
@@ -53,12 +52,7 @@ LAYOUTS = {"transformers": save_transformers, "original": save_original}
 
 @pytest.fixture(scope="module")
 def converter():
-    path = ROOT / "scripts" / "convert_phi4mm.py"
-    spec = importlib.util.spec_from_file_location("convert_phi4mm", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convert_phi4mm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("convert_phi4mm")
 
 
 @pytest.fixture(scope="module")

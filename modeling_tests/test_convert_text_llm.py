@@ -1,13 +1,11 @@
 """scripts/convert_text_llm.py: any causal language model, from a folder, a GGUF file or the Hub, to an untrained Mel-LLM."""
 
-import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_AUDIO, tiny_text_config
+from conftest import TINY_AUDIO, load_script, tiny_text_config
 from phi4mm_checkpoints import phi4_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline, set_seed
 
@@ -17,12 +15,7 @@ AUDIO = ["--audio_config", json.dumps(TINY_AUDIO)]
 
 @pytest.fixture(scope="module")
 def converter():
-    path = ROOT / "scripts" / "convert_text_llm.py"
-    spec = importlib.util.spec_from_file_location("convert_text_llm", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convert_text_llm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("convert_text_llm")
 
 
 def language_model(model_type="llama", **overrides):

@@ -1,12 +1,11 @@
 """scripts/estimate_memory.py: what it says of a step is what a step takes."""
 
-import importlib.util
 import json
 import weakref
 
 import pytest
 import torch
-from conftest import ROOT, build_tiny
+from conftest import build_tiny, load_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,10 +14,7 @@ from mel_llm import MelLLMConfig
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("estimate_memory_script", ROOT / "scripts" / "estimate_memory.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("estimate_memory")
 
 
 class Living(TorchDispatchMode):

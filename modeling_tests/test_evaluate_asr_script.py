@@ -1,10 +1,8 @@
 """scripts/evaluate_asr.py as a user runs it: with peers, again, interrupted, on the leaderboard's sets, on bad input."""
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
 
 import jiwer
 import numpy as np
@@ -13,7 +11,7 @@ import soundfile
 import torch
 import transformers
 import yaml
-from conftest import ROOT, build_tiny
+from conftest import ROOT, build_tiny, load_script
 from safetensors.torch import load_file, save_file
 from test_registration import run
 from test_training_data import write_folder
@@ -27,14 +25,6 @@ from mel_llm.evaluation.open_asr import BENCHMARKS, eval_results
 
 
 SCRIPT = str(ROOT / "scripts" / "evaluate_asr.py")
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """scripts/evaluate_continuation.py and what it measures with: perplexity, answers, speech against its text."""
 
-import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, tiny_text_config
+from conftest import ROOT, load_script, tiny_text_config
 from test_continuation_data import model_and_processor  # noqa: F401  a fixture
 from test_registration import run
 from transformers import AutoModelForCausalLM
@@ -41,11 +39,7 @@ def embed(audio, rate):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_continuation", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate_continuation"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluate_continuation")
 
 
 @pytest.fixture(scope="module")
@@ -347,16 +341,14 @@ def test_arguments_that_do_not_fit(script, arguments, message, tmp_path):
 # --- the ablation ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_miniature_study_is_understood_and_told(tmp_path, monkeypatch, capsys):
+def test_the_miniature_study_is_understood_and_told(script, tmp_path, monkeypatch, capsys):
     """Every argument of it is one of the scripts'; the page has a line for each variant, and one for the reference."""
     from transformers import HfArgumentParser
 
     from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrainingArguments
 
     folder = ROOT / "scripts" / "ablations"
-    spec = importlib.util.spec_from_file_location("spectron_ablation", folder / "spectron_ablation.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    study = load_script("ablations/spectron_ablation")
     calls = []
     total = {"value": 0.5, "low": 0.4, "high": 0.6, "utterances": 2}
 
@@ -381,9 +373,7 @@ def test_the_miniature_study_is_understood_and_told(tmp_path, monkeypatch, capsy
             (output / "training_summary.json").write_text(json.dumps(summary))
             return
         names = {"output_dir", "data", "model", "text", "asr", "reference", *arguments}
-        assert names <= {
-            field for field in sys.modules["evaluate_continuation"].EvaluationArguments.__dataclass_fields__
-        }
+        assert names <= {field for field in script.EvaluationArguments.__dataclass_fields__}
         natural = {"name": "natural continuation", "settings": {"kind": "reference"}, "totals": {"similarity": total}}
         systems = [natural] if arguments.get("reference") else []
         for kind in arguments["text"]:
@@ -395,9 +385,6 @@ def test_the_miniature_study_is_understood_and_told(tmp_path, monkeypatch, capsy
         )
 
     monkeypatch.setattr(study, "call", call)
-    spec = importlib.util.spec_from_file_location("evaluate_continuation", SCRIPT)
-    sys.modules["evaluate_continuation"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     words = ["--train_data", "speech", "--eval_data", "speech", "--output_dir", str(tmp_path / "out"), "--reference"]
     study.main([str(folder / "spectron_miniature.yaml"), *words, "--asr", "python:judge.listen"])
     page = (tmp_path / "out" / "results.md").read_text()

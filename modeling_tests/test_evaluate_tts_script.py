@@ -1,12 +1,11 @@
 """scripts/evaluate_tts.py as a user runs it: whole, again, and with what is missing."""
 
-import importlib.util
 import json
 import shutil
 
 import pytest
 import soundfile
-from conftest import ROOT
+from conftest import ROOT, load_script
 from test_evaluation_tts import folder  # noqa: F401  a fixture
 from test_modeling_mel_llm_speech import build_speaking
 from test_registration import run
@@ -30,10 +29,7 @@ def embed(audio, rate):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_tts", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluate_tts")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """scripts/pack.py: half the size, the same model."""
 
-import importlib.util
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT, build_tiny
+from conftest import build_tiny, load_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor
 
@@ -15,10 +14,7 @@ from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderCon
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("pack_script", ROOT / "scripts" / "pack.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("pack")
 
 
 @pytest.fixture(scope="module")

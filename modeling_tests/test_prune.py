@@ -1,12 +1,10 @@
 """Language models made smaller: layers and tokens that stay behave as before."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, tiny_text_config
+from conftest import load_script, tiny_text_config
 from test_train_script import folder, script, train, words  # noqa: F401  (fixtures among them)
 from transformers import AutoModelForCausalLM, AutoModelForTextToWaveform, AutoProcessor
 
@@ -92,12 +90,7 @@ def test_a_vocabulary_that_cannot_be_pruned(big_tokenizer):
 
 @pytest.fixture(scope="module")
 def converter():
-    path = ROOT / "scripts" / "convert_text_llm.py"
-    spec = importlib.util.spec_from_file_location("convert_text_llm", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convert_text_llm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("convert_text_llm")
 
 
 def test_the_script_makes_what_train_goes_on_with(converter, script, folder, big_tokenizer, tmp_path, capsys):  # noqa: F811

@@ -1,7 +1,6 @@
 """scripts/pseudo_label.py: what it writes for recognisers of every kind, how sure it says they were, and interruptions."""
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_script
 from test_registration import run
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -48,11 +47,7 @@ def listen(audio, rate):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("pseudo_label", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pseudo_label"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("pseudo_label")
 
 
 @pytest.fixture

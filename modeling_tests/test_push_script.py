@@ -1,6 +1,5 @@
 """scripts/push.py: what it refuses, what it uploads, and how it fails."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import huggingface_hub
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, build_tiny
+from conftest import ROOT, build_tiny, load_script
 from hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects, httpx
@@ -25,11 +24,7 @@ from mel_llm.training import lora_config
 
 @pytest.fixture(scope="module")
 def push():
-    spec = importlib.util.spec_from_file_location("push_script", ROOT / "scripts" / "push.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["push_script"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("push")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """scripts/study.py as a user runs it: checked before it starts, interrupted and started again, with runs that fail."""
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, load_script
 from test_training_data import write_folder
 from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
 
@@ -67,11 +66,7 @@ STUDY = {
 @pytest.fixture(scope="module")
 def script():
     sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("study_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study_script"] = module
-    spec.loader.exec_module(module)
-    yield module
+    yield load_script("study")
     sys.path.remove(str(SCRIPT.parent))
 
 

@@ -1,6 +1,5 @@
 """scripts/train.py as a user runs it: whole and with LoRA, killed and started again, from folders and streams."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import time
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY_AUDIO, tiny_text_config
+from conftest import ROOT, TINY_AUDIO, load_script, tiny_text_config
 from packaging.version import Version
 from peft import PeftModel
 from test_training_data import write_folder
@@ -29,11 +28,7 @@ SCRATCH = ["--text_config", json.dumps(TEXT), "--audio_config", json.dumps({"con
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_script"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train")
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import ROOT
-from test_evaluate_asr_script import Listener, load_script, words
+from conftest import ROOT, load_script
+from test_evaluate_asr_script import Listener, words
 from test_registration import run
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, Seq2SeqTrainingArguments
 

@@ -26,13 +26,13 @@ from mel_llm.evaluation.asr_report import asr_table, card_results, compare_speed
 from mel_llm.evaluation.clip_evaluation import ClipEvaluation
 from mel_llm.evaluation.clip_scripts import (
     ClipArguments,
-    describe_run,
     main,
     make_evaluation,
     write_results,
 )
 from mel_llm.evaluation.clip_sets import load_clip_set
 from mel_llm.evaluation.clip_systems import make_transcriber
+from mel_llm.evaluation.environment import describe_environment
 from mel_llm.evaluation.open_asr import BENCHMARKS, eval_results, load_benchmark
 from mel_llm.whole_files import claim_folder, write_whole
 
@@ -102,7 +102,7 @@ def report(results: list[dict], evaluation: ClipEvaluation, arguments: AsrArgume
         for result in results
     ]
     compare_speed(summaries)
-    environment = describe_run(arguments)
+    environment = describe_environment(arguments.device)
     whole = {
         "environment": environment,
         "arguments": asdict(arguments),

@@ -41,7 +41,7 @@ from mel_llm.evaluation import (
     summarize_continuations,
 )
 from mel_llm.evaluation.continuation_evaluation import CachedPerplexity, PromptVoice
-from mel_llm.evaluation.environment import describe_environment
+from mel_llm.evaluation.environment import describe_environment, heading_of
 from mel_llm.evaluation.plugins import describe_folder
 from mel_llm.script_errors import interruption_goes_on, told_in_a_line
 from mel_llm.training import PromptCut
@@ -249,7 +249,6 @@ def report(
 ) -> bool:
     """Runs what is missing, writes and prints what came of it; whether everything was spoken and scored."""
     environment = describe_environment(arguments.device)
-    threads = environment["threads"]
     whole: dict = {"environment": environment, "arguments": asdict(arguments), "judges": {}, "tasks": {}}
     whole["intervals"] = (
         f"95 %, percentile bootstrap over prompts, {arguments.bootstrap_samples} samples, seed {arguments.seed}"
@@ -274,10 +273,7 @@ def report(
     folder = Path(arguments.output_dir)
     write_whole(folder / "results.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     heading = [
-        f"`{environment['command']}`",
-        f"{environment['date']}, {environment['cpu']}, {threads} thread{'s' if threads != 1 else ''}, "
-        f"{environment['gpu'] or 'no GPU'}, seed {arguments.seed}; torch {environment['versions']['torch']}, "
-        f"transformers {environment['versions']['transformers']}. In brackets: 95 % bootstrap intervals.",
+        *heading_of(environment, "95 % bootstrap intervals", arguments.seed),
         *(f"{name}: {description}" for name, description in whole["judges"].items()),
     ]
     write_whole(folder / "results.md", "\n\n".join([*heading, *pages]))

@@ -40,7 +40,7 @@ from mel_llm.evaluation import (
     speech_table,
     summarize_speech,
 )
-from mel_llm.evaluation.environment import describe_environment
+from mel_llm.evaluation.environment import describe_environment, heading_of
 from mel_llm.evaluation.plugins import describe_folder
 from mel_llm.script_errors import interruption_goes_on, told_in_a_line
 from mel_llm.whole_files import claim_folder, write_whole
@@ -240,12 +240,8 @@ def report(results: list[dict], evaluation: SpeechEvaluation, arguments: Evaluat
     }
     folder = Path(arguments.output_dir)
     write_whole(folder / "results.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
-    threads = environment["threads"]
     heading = [
-        f"`{environment['command']}`",
-        f"{environment['date']}, {environment['cpu']}, {threads} thread{'s' if threads != 1 else ''}, "
-        f"{environment['gpu'] or 'no GPU'}, seed {arguments.seed}; torch {environment['versions']['torch']}, "
-        f"transformers {environment['versions']['transformers']}. In brackets: 95 % bootstrap intervals.",
+        *heading_of(environment, "95 % bootstrap intervals", arguments.seed),
         *(f"{name}: {description}" for name, description in whole["judges"].items()),
     ]
     write_whole(folder / "results.md", "\n\n".join([*heading, table]))

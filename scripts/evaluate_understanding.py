@@ -27,12 +27,12 @@ from mel_llm.evaluation.answer_systems import make_answerer
 from mel_llm.evaluation.clip_evaluation import ClipEvaluation
 from mel_llm.evaluation.clip_scripts import (
     ClipArguments,
-    describe_run,
     main,
     make_evaluation,
     write_results,
 )
 from mel_llm.evaluation.clip_sets import ClipSet, load_clip_set
+from mel_llm.evaluation.environment import describe_environment
 from mel_llm.training.sources import REPLY_COLUMNS, SpeechSource
 from mel_llm.whole_files import claim_folder, write_whole
 
@@ -129,7 +129,7 @@ def report(results: list[dict], evaluation: ClipEvaluation, arguments, normalize
     """Writes and prints what came of it; whether everything was answered."""
     function, described = normalizer
     summaries = [summarize_answers(result, evaluation.sets, function, arguments.match) for result in results]
-    environment = describe_run(arguments)
+    environment = describe_environment(arguments.device)
     whole = {
         "environment": environment,
         "arguments": asdict(arguments),

@@ -9,13 +9,13 @@ runs/text` makes a Mel-LLM of it. Everything here is ours.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
 
 from mel_llm import MelLLMConfig
+from mel_llm.conversion.new_folder import new_folder
 from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters, train_tokenizer
 from mel_llm.training.sources import TEXT_COLUMNS, read_rows
@@ -124,18 +124,15 @@ def train(arguments: argparse.Namespace) -> None:
     metrics = trainer.train().metrics
     if eval_texts:
         metrics |= trainer.evaluate()
-    partial = folder.with_name(f".{folder.name}.partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
     summary = {
         "metrics": metrics,
         "texts": len(texts),
         "parameters": {"trained": count_parameters(model)[0], "all": count_parameters(model)[1]},
     }
-    (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"{folder}: {summary['parameters']['all']:,} parameters, {len(texts)} sentences, {metrics}")
 
 

@@ -15,7 +15,7 @@ from ..whole_files import write_whole
 from .clip_evaluation import ClipEvaluation
 from .clip_sets import ClipSet
 from .clip_systems import COMPILE_MODES, DTYPES, ClipSystem
-from .environment import describe_environment
+from .environment import heading_of
 from .normalizers import TEXT_NORMALIZERS, get_text_normalizer
 from .plugins import PREFIX, describe_callable, load_callable
 
@@ -146,23 +146,10 @@ def make_evaluation(arguments: ClipArguments, sets: list[ClipSet], systems: list
 
 def write_results(folder: Path, whole: dict, table: str, remarks: list[str]) -> None:
     """`results.json` and `results.md`, and the table on standard output."""
-    environment = whole["environment"]
-    threads = environment["threads"]
-    heading = [
-        f"`{environment['command']}`",
-        f"{environment['date']}, {environment['cpu']}, {threads} thread{'s' if threads != 1 else ''}, "
-        f"{environment['gpu'] or 'no GPU'}; torch {environment['versions']['torch']}, transformers "
-        f"{environment['versions']['transformers']}. In brackets: {whole['intervals']}.",
-        *remarks,
-    ]
+    heading = [*heading_of(whole["environment"], whole["intervals"]), *remarks]
     write_whole(folder / "results.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     write_whole(folder / "results.md", "\n\n".join([*heading, table]))
     print(table, end="")
-
-
-def describe_run(arguments: ClipArguments) -> dict:
-    """Command, date, versions and hardware."""
-    return describe_environment(arguments.device)
 
 
 def main(name: str, prepare: Callable, report: Callable) -> None:
@@ -188,7 +175,6 @@ def main(name: str, prepare: Callable, report: Callable) -> None:
 
 __all__ = [
     "ClipArguments",
-    "describe_run",
     "main",
     "make_evaluation",
     "write_results",

@@ -43,4 +43,15 @@ def describe_environment(device: str = "cpu") -> dict:
     }
 
 
-__all__ = ["describe_environment"]
+def heading_of(environment: dict, intervals: str, seed: int | None = None) -> list[str]:
+    """The paragraphs above a table of results: the command; and date, hardware and versions, with what is in brackets."""
+    threads, versions = environment["threads"], environment["versions"]
+    return [
+        f"`{environment['command']}`",
+        f"{environment['date']}, {environment['cpu']}, {threads} thread{'s' if threads != 1 else ''}, "
+        f"{environment['gpu'] or 'no GPU'}{'' if seed is None else f', seed {seed}'}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}. In brackets: {intervals}.",
+    ]
+
+
+__all__ = ["describe_environment", "heading_of"]
