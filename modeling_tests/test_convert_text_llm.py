@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY_AUDIO, load_script, tiny_text_config
 from phi4mm_checkpoints import phi4_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline, set_seed
 
 
 AUDIO = ["--audio_config", json.dumps(TINY_AUDIO)]
@@ -53,6 +53,26 @@ def test_a_folder(converter, tokenizer, speech_clips, tmp_path, model_type, caps
     assert len(AutoProcessor.from_pretrained(tmp_path / "out").tokenizer) == len(tokenizer)
     recogniser = pipeline("automatic-speech-recognition", model=str(tmp_path / "out"))
     assert isinstance(recogniser(speech_clips[0]["array"])["text"], str)
+
+
+def test_another_chat_template(converter, tokenizer, tmp_path):
+    source = save(language_model("llama"), tokenizer, tmp_path / "llm")
+    template = tmp_path / "short.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    converter.main([source, "--output_dir", str(tmp_path / "out"), "--chat_template", str(template), *AUDIO])
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    content = [{"type": "audio", "audio": None}, {"type": "text", "text": "Go."}]
+    asked = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert asked == "<|audio|>Go.:"
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.prompt_prefix_ids, config.prompt_suffix_ids) == processor.default_prompt_ids()
+    with pytest.raises(OSError, match="nowhere.jinja"):
+        converter.main(
+            [source, "--output_dir", str(tmp_path / "no"), "--chat_template", str(tmp_path / "nowhere.jinja"), *AUDIO]
+        )
+    assert not (tmp_path / "no").exists()
 
 
 def write_gguf(model, tokenizer, path):

@@ -64,6 +64,37 @@ def test_the_loss_is_that_of_each_clip_alone(spelling, speech_clips):
     torch.testing.assert_close(total, together.ctc_loss, rtol=1e-4, atol=1e-5)
 
 
+def test_where_letters_are_all_that_is_learnt_no_text_is_read(tokenizer, speech_clips, monkeypatch):
+    """The same letters and gradients as beside the text, which is left out of what is computed."""
+    model, processor = build_tiny(tokenizer, audio_config={"ctc_weight": 0.5, "ctc_rate": 2})
+    batch = batch_of(processor, speech_clips[:2])
+    model.train()
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    both = model(**batch)
+    expected = gradients(0.5 * both.ctc_loss)
+    model.text_loss_weight = 0.0
+    lengths = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    alone = model(**batch)
+    assert lengths == [model._build_prompt(batch["input_features"], batch["attention_mask"])[0].shape[1]]
+    assert list(alone.losses) == ["ctc"] and alone.logits is None
+    torch.testing.assert_close(alone.ctc_loss, both.ctc_loss)
+    torch.testing.assert_close(alone.loss, 0.5 * both.ctc_loss)
+    found = gradients(alone.loss)
+    assert found.keys() == expected.keys() and any(name.startswith("ctc_head") for name in found)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+    model.eval()  # an evaluation measures both
+    assert model(**batch).losses.keys() == {"text", "ctc"}
+
+
 def test_without_letters_nothing_changes(spelling, tiny, speech_clips):
     model, processor = spelling
     batch = batch_of(processor, speech_clips[:2])

@@ -50,6 +50,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab_texts", type=Path, nargs="+", default=[], help="text files, a text on each line")
     parser.add_argument("--audio_config", default="{}", help="fields of MelLLMAudioConfig in JSON")
     parser.add_argument("--transcription_instruction", help="what the default prompt asks for")
+    parser.add_argument(
+        "--chat_template", type=Path, help="a Jinja file in the place of the tokenizer's, e.g. with a shorter prompt"
+    )
     parser.add_argument("--speaks", action="store_true", help="with a speech head")
     parser.add_argument("--speech_preset", default="small", choices=sorted(MelLLMSpeechConfig.PRESETS))
     parser.add_argument("--speech_config", default="{}", help="fields of MelLLMSpeechConfig in JSON")
@@ -93,6 +96,8 @@ def convert(arguments: argparse.Namespace):
     if arguments.gguf_file is not None:
         options["gguf_file"] = arguments.gguf_file
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, **options)
+    if arguments.chat_template is not None:
+        tokenizer.chat_template = arguments.chat_template.read_text(encoding="utf-8")
     dtype = getattr(torch, arguments.dtype)
     text_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
     if layers is not None:
