@@ -1,0 +1,129 @@
+"""Draws how trainings went, and keeps the numbers: NAME.csv and NAME.png from what scripts/train.py left.
+
+    python scripts/learning_curve.py runs/small --output docs/curves/small
+    python scripts/learning_curve.py runs/reading runs/joint --output docs/curves/small   # one after the other
+
+A run is its --output_dir, one of its checkpoints, or a folder that scripts/pack.py made of it: what is read is
+trainer_state.json. Needs matplotlib. Nothing is overwritten without --overwrite.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+from mel_llm.script_errors import told_in_a_line
+from mel_llm.whole_files import write_whole
+
+
+# Of every row, and no curves
+_PLACE = ("run", "step", "epoch", "learning_rate")
+# What the Trainer logs of its own speed
+_LEFT_OUT = ("grad_norm", "total_flos", "runtime", "per_second", "memory", "train_loss")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="learning_curve.py", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="several are the phases of one training, in their order")
+    parser.add_argument("--output", type=Path, required=True, help="NAME of NAME.csv and NAME.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace them")
+    return parser.parse_args(argv)
+
+
+def read_log(run: Path) -> list[dict]:
+    """What a run logged, a row for each step: losses and their terms, and the evaluations' with `eval_` before them.
+
+    Raises:
+        OSError, ValueError: There is no trainer_state.json, or nothing in it.
+    """
+    path = run / "trainer_state.json"
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} has no log of a training.") from None
+    rows: dict[int, dict] = {}
+    for entry in history:
+        kept = {
+            name: value
+            for name, value in entry.items()
+            if isinstance(value, int | float) and not any(part in name for part in _LEFT_OUT)
+        }
+        if kept.keys() - {"step", "epoch"}:
+            rows.setdefault(entry["step"], {}).update(kept)
+    if not rows:
+        raise ValueError(f"{path} has no log of a training.")
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_runs(runs: list[Path]) -> list[dict]:
+    """The rows of several phases, with steps and epochs counted through, and the phase's name."""
+    rows, steps, epochs = [], 0, 0.0
+    for run in runs:
+        log = read_log(run)
+        rows += [
+            {"run": run.name, **row, "step": row["step"] + steps, "epoch": round(row.get("epoch", 0.0) + epochs, 4)}
+            for row in log
+        ]
+        steps, epochs = rows[-1]["step"], rows[-1]["epoch"]
+    return rows
+
+
+def curves_of(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Points `(step, value)` of each curve, in the order in which they first appear."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in _PLACE:
+                curves.setdefault(name, []).append((row["step"], value))
+    return curves
+
+
+def table(rows: list[dict]) -> str:
+    names = [*_PLACE, *curves_of(rows)]
+    names = [name for name in names if any(name in row for row in rows)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def draw(rows: list[dict]) -> bytes:
+    """A PNG: losses of training and evaluation in one picture, error rates in another."""
+    from matplotlib.figure import Figure
+
+    curves = curves_of(rows)
+    rates = {name: points for name, points in curves.items() if name.split("_")[-1] in ("wer", "cer")}
+    losses = {name: points for name, points in curves.items() if name not in rates}
+    panels = [(title, lines) for title, lines in (("loss", losses), ("error rate", rates)) if lines]
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="." if name.startswith("eval_") else None, label=name)
+        axes.set(xlabel="step", ylabel=title, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=100)
+    return image.getvalue()
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    numbers, picture = (arguments.output.with_name(f"{arguments.output.name}.{end}") for end in ("csv", "png"))
+    for path in (numbers, picture):
+        if path.exists() and not arguments.overwrite:
+            raise FileExistsError(f"{path} exists already: pass --overwrite, or name another --output.")
+    rows = read_runs(arguments.runs)
+    image = draw(rows)
+    numbers.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(numbers, table(rows))
+    write_whole(picture, image)
+    print(f"{numbers} and {picture.name}: {len(rows)} rows, {rows[-1]['step']} steps.")
+
+
+if __name__ == "__main__":
+    with told_in_a_line("learning_curve.py"):
+        main(sys.argv[1:])
