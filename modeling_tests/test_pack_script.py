@@ -66,6 +66,21 @@ def test_a_packed_model_is_half_as_large_and_says_the_same(script, run, speech_c
         script.pack(run, folder, torch.bfloat16, "100KB")
 
 
+def test_a_model_that_shall_only_read_leaves_its_voice_behind(script, run, speech_clips, tmp_path):
+    folder = tmp_path / "reader"
+    script.pack(run, folder, torch.float32, "15MB", reads_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["MelLLMForSpeechSeq2Seq"]
+    assert config.get("speech_config") is None and config.get("vocoder_config") is None
+    weights = load_file(folder / "model.safetensors")
+    assert weights and not any(name.startswith(("speech_head.", "vocoder.")) for name in weights)
+    inputs = AutoProcessor.from_pretrained(folder)(audio=speech_clips[0]["array"])
+    ids = [
+        AutoModelForSpeechSeq2Seq.from_pretrained(path).generate(**inputs, max_new_tokens=8) for path in (folder, run)
+    ]
+    assert torch.equal(*ids)
+
+
 def test_a_folder_with_a_card_gets_its_model(script, run, tmp_path):
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "README.md").write_text("mine")

@@ -36,11 +36,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="a new folder, or one without a model in it")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--max_shard_size", default="15MB", help="of each file of weights")
+    parser.add_argument("--reads_only", action="store_true", help="leave out the speech head and the vocoder, if any")
     return parser.parse_args(argv)
 
 
-def load(run: Path) -> PreTrainedModel:
-    """The model, with all heads that it has.
+def load(run: Path, reads_only: bool = False) -> PreTrainedModel:
+    """The model, with all heads that it has; or, with `reads_only`, with what it needs to transcribe.
 
     Raises:
         ValueError: There are only adapters, or the weights are not all there, are not finite, or are another model's.
@@ -50,8 +51,10 @@ def load(run: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(run)
     if config.model_type != mel_llm.MelLLMConfig.model_type:
         raise ValueError(f"{run} holds a {config.model_type!r} and no Mel-LLM.")
+    if reads_only:
+        config.speech_config = config.vocoder_config = None
     auto_class = AutoModelForSpeechSeq2Seq if config.speech_config is None else AutoModelForTextToWaveform
-    model, info = auto_class.from_pretrained(run, dtype=torch.float32, output_loading_info=True)
+    model, info = auto_class.from_pretrained(run, config=config, dtype=torch.float32, output_loading_info=True)
     # transformers makes up what is missing and goes on
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(what) or ())):
@@ -69,7 +72,7 @@ def check_finite(model: PreTrainedModel, problem: str) -> None:
             raise ValueError(f"{problem}: {name}.")
 
 
-def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str, reads_only: bool = False) -> None:
     """Saves the model of `run` in `folder`, all at once at the end.
 
     Raises:
@@ -80,7 +83,7 @@ def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> No
         not folder.is_dir() or any(folder.glob("*.safetensors")) or (folder / "config.json").exists()
     ):
         raise FileExistsError(f"{folder} has a model in it already, or is no folder. Choose another.")
-    model, processor = load(run), AutoProcessor.from_pretrained(run)
+    model, processor = load(run, reads_only), AutoProcessor.from_pretrained(run)
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     # Buffers too: the normalisation of features is needed with all its digits, and is small
@@ -122,4 +125,5 @@ def set_dtype(path: Path) -> None:
 if __name__ == "__main__":
     arguments = parse_arguments(sys.argv[1:])
     with told_in_a_line("pack.py", (OSError, ValueError, SafetensorError)):
-        pack(arguments.run, arguments.folder, getattr(torch, arguments.dtype), arguments.max_shard_size)
+        dtype = getattr(torch, arguments.dtype)
+        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, arguments.reads_only)
