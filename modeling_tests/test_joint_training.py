@@ -322,11 +322,18 @@ def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message,
     assert message in capsys.readouterr().err
 
 
-def test_the_recipe_is_understood(script, folder, tmp_path):  # noqa: F811
+def test_the_recipes_are_understood(script, folder, tmp_path):  # noqa: F811
     recipe = ROOT / "scripts" / "recipes" / "mel-llm-small-en"
-    arguments = [f"{recipe}.yaml", "--train_data", folder, "--output_dir", str(tmp_path), "--use_cpu"]
-    _, data, training = script.parse_arguments(arguments)
-    assert data.tasks == ["asr", "tts"] and data.conditions and training.max_steps > training.ctc_only_steps > 0
+
+    def arguments_of(name):
+        return script.parse_arguments(
+            [f"{name}.yaml", "--train_data", folder, "--output_dir", str(tmp_path), "--use_cpu"]
+        )
+
+    _, data, training = arguments_of(recipe)
+    assert data.tasks == ["asr"] and data.max_batch_tokens and training.max_steps > training.ctc_only_steps > 0
+    _, data, training = arguments_of(f"{recipe}-speaking")
+    assert data.tasks == ["asr", "tts"] and data.conditions and training.max_steps > 0
     subprocess.run(["bash", "-n", f"{recipe}.sh"], check=True)
 
 
