@@ -8,6 +8,7 @@ from conftest import build_tiny
 from test_train_script import SCRATCH, TEXT, folder, losses, script, train, words  # noqa: F401  (fixtures among them)
 from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform
 
+from mel_llm import MelLLMForSpeechSeq2Seq
 from mel_llm.training import TranscriptionCollator, count_unspellable, ctc_bytes
 
 
@@ -93,6 +94,45 @@ def test_where_letters_are_all_that_is_learnt_no_text_is_read(tokenizer, speech_
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
     model.eval()  # an evaluation measures both
     assert model(**batch).losses.keys() == {"text", "ctc"}
+
+
+def test_hidden_words_are_hidden_in_training_alone(tokenizer, speech_clips):
+    model, processor = build_tiny(tokenizer)
+    batch = TranscriptionCollator(processor)(
+        [{"audio": clip["array"], "text": clip["text"]} for clip in speech_clips[:4]]
+    )
+    read = []
+    model.model.register_forward_pre_hook(lambda _, __, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    model(**batch)
+    model.text_dropout = 0.5
+    seen = model(**batch).logits
+    model.train()
+    torch.manual_seed(0)
+    hidden = model(**batch)
+    start = model._build_prompt(batch["input_features"], batch["attention_mask"])[0].shape[1]
+    assert torch.equal(read[0], read[1])
+    before, after = read[1][:, start:], read[2][:, start:]
+    assert torch.equal(read[1][:, :start], read[2][:, :start]) and not torch.equal(seen, hidden.logits)
+    changed = before != after
+    assert (after[changed] == model.config.pad_token_id).all()
+    assert 0.3 < changed.sum() / (batch["labels"] != -100).sum() < 0.7
+    # What is to be written stays the same, and so does how many tokens the model may attend to
+    loss = torch.nn.functional.cross_entropy(hidden.logits.flatten(0, 1), batch["labels"].flatten())
+    torch.testing.assert_close(hidden.loss, loss)
+
+
+def test_a_run_hides_words(script, folder, tmp_path, monkeypatch):  # noqa: F811
+    shares = []
+    forward = MelLLMForSpeechSeq2Seq.forward
+    monkeypatch.setattr(
+        MelLLMForSpeechSeq2Seq,
+        "forward",
+        lambda self, *args, **kwargs: (
+            shares.append((self.training, self.text_dropout)) or forward(self, *args, **kwargs)
+        ),
+    )
+    train(script, *words(folder, tmp_path / "run", *SCRATCH, "--text_dropout", "0.25", "--max_steps", "2"))
+    assert (True, 0.25) in shares and (True, 0.0) not in shares
 
 
 def test_without_letters_nothing_changes(spelling, tiny, speech_clips):

@@ -314,6 +314,9 @@ def test_what_cannot_work_is_told_before_training(script, folder, tmp_path, argu
         (["--tasks", "asr,tts", "--task_weights", "1"], "--task_weights must be a positive number for each"),
         (["--tasks", "tts", "--speed_factors", "0.9"], "--speed_factors is for reading"),
         (["--tasks", "asr,tts", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor is for tokens"),
+        (["--tasks", "tts", "--text_dropout", "0.1"], "--text_dropout is for reading"),
+        (["--packing", "--text_dropout", "0.1"], "--text_dropout is for reading"),
+        (["--text_dropout", "1"], "--text_dropout must be at least 0 and less than 1"),
     ],
 )
 def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message, capsys):  # noqa: F811

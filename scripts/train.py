@@ -412,6 +412,7 @@ def prepare(argv: list[str]) -> Run | None:
         compute_metrics=compute_metrics,
         train_sampler=sampler,
         ctc_only_steps=training_args.ctc_only_steps,
+        text_dropout=training_args.text_dropout,
         train_collator=train_collator,
     )
     length = length_of(training_args, model_args, data_args)

@@ -641,6 +641,8 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         self.ctc_head = MelLLMCTCHead(config) if config.audio_config.ctc_weight > 0 else None
         # What the cross-entropy counts in training beside the CTC head's loss; see `SpeechTrainer.ctc_only_steps`
         self.text_loss_weight = 1.0
+        # Share of the transcript's tokens that are hidden in training; see `SpeechTrainer.text_dropout`
+        self.text_dropout = 0.0
         self._can_compile_fullgraph = self.model._can_compile_fullgraph
         # Set here and not by name (`loss_type`): for a loss of that name the Trainer counts the tokens of a batch from
         # the second on, but the first token of a transcript given as labels is one to predict. For labels beside
@@ -800,10 +802,14 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             labels, is_text_read = labels[:, :0], is_text[:, :0]
         else:
             is_text_read = is_text
+        text = labels.masked_fill(~is_text_read, self.config.pad_token_id)
+        if self.training and self.text_dropout:
+            hidden = torch.rand(text.shape, device=text.device) < self.text_dropout
+            text = text.masked_fill(hidden, self.config.pad_token_id)
         attention_mask = torch.cat([prompt_mask, is_text_read.to(prompt_mask.dtype)], dim=1)
         wants_states = kwargs.pop("output_hidden_states", None)
         outputs = self.model(
-            input_ids=torch.cat([prompt_ids, labels.masked_fill(~is_text_read, self.config.pad_token_id)], dim=1),
+            input_ids=torch.cat([prompt_ids, text], dim=1),
             input_features=input_features,
             input_features_mask=mask,
             attention_mask=attention_mask,

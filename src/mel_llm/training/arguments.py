@@ -217,6 +217,13 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     ctc_only_steps: int = field(
         default=0, metadata={"help": "Steps at first in which reading is learnt from the CTC head's loss alone."}
     )
+    text_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the transcript's tokens that are hidden from the model while it learns to write the next ones: "
+            "what it cannot read it has to hear."
+        },
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Checkpoints and the trained model go here."})
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or share of all steps if below 1."})

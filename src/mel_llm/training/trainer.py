@@ -80,6 +80,8 @@ class SpeechTrainer(Seq2SeqTrainer):
             [`PackedTranscriptionCollator`].
         ctc_only_steps (`int`, defaults to 0): Steps at first in which the CTC head's loss is all that is learnt from
             reading: on little data a language model recites the transcripts before it has begun to listen (ours).
+        text_dropout (`float`, defaults to 0.0): Share of a transcript's tokens that the model does not see while it learns to
+            write the next ones, against the same (ours). Answers to questions are always seen.
         kwargs: For `Seq2SeqTrainer`.
     """
 
@@ -88,6 +90,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         *args,
         train_sampler: SpeechSampler | None = None,
         ctc_only_steps: int = 0,
+        text_dropout: float = 0.0,
         train_collator=None,
         **kwargs,
     ):
@@ -97,6 +100,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             # SPECTRON's model some have no `spectrogram_labels`
             self.label_names = ["labels"]
         self.ctc_only_steps = ctc_only_steps
+        self.text_dropout = text_dropout
         self.train_sampler = train_sampler
         self.train_collator = train_collator
         self._terms = _Means()
@@ -155,9 +159,10 @@ class SpeechTrainer(Seq2SeqTrainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
-        if self.ctc_only_steps and model.training:
+        if (self.ctc_only_steps or self.text_dropout) and model.training:
             for module in model.modules():
                 if isinstance(module, MelLLMForSpeechSeq2Seq):
+                    module.text_dropout = self.text_dropout
                     module.text_loss_weight = float(self.state.global_step >= self.ctc_only_steps)
         weight = _weight(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
