@@ -7,7 +7,15 @@ import pytest
 import torch
 from conftest import TINY_AUDIO, load_script, tiny_text_config
 from phi4mm_checkpoints import phi4_tokenizer, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+    set_seed,
+)
 
 
 AUDIO = ["--audio_config", json.dumps(TINY_AUDIO)]
@@ -73,6 +81,28 @@ def test_another_chat_template(converter, tokenizer, tmp_path):
             [source, "--output_dir", str(tmp_path / "no"), "--chat_template", str(tmp_path / "nowhere.jinja"), *AUDIO]
         )
     assert not (tmp_path / "no").exists()
+
+
+def test_a_language_model_is_only_made_smaller(converter, tokenizer, speech_clips, tmp_path, capsys):
+    text_model = language_model("llama")
+    source = save(text_model, tokenizer, tmp_path / "llm")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(clip["text"] for clip in speech_clips))
+    smaller = ["--layers", "0", "--vocab_size", "300", "--vocab_texts", str(texts)]
+    converter.main([source, "--output_dir", str(tmp_path / "out"), *smaller, "--text_only"])
+    assert "1 layers, 300 tokens, a language model without ears" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.config.model_type == "llama" and model.config.num_hidden_layers == 1 and len(words) <= 300
+    # It is what a Mel-LLM is made of in one go
+    converter.main([source, "--output_dir", str(tmp_path / "whole"), *smaller, *AUDIO])
+    whole = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "whole")
+    assert torch.equal(whole.lm_head.weight, model.lm_head.weight)
+    ids = words(speech_clips[0]["text"])["input_ids"]
+    assert ids == AutoProcessor.from_pretrained(tmp_path / "whole").tokenizer(speech_clips[0]["text"])["input_ids"]
+    with pytest.raises(SystemExit):
+        converter.main([source, "--output_dir", str(tmp_path / "no"), "--text_only", *AUDIO])
+    assert "leave --audio_config and --speaks out" in capsys.readouterr().err
 
 
 def write_gguf(model, tokenizer, path):

@@ -28,6 +28,7 @@ from mel_llm import (
 from mel_llm.conversion import (
     check_new_folder,
     find_spare_token,
+    forget_gguf,
     from_text_llm,
     keep_layers,
     new_folder,
@@ -53,6 +54,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--chat_template", type=Path, help="a Jinja file in the place of the tokenizer's, e.g. with a shorter prompt"
     )
+    parser.add_argument(
+        "--text_only", action="store_true", help="only make it smaller: a language model without ears comes out"
+    )
     parser.add_argument("--speaks", action="store_true", help="with a speech head")
     parser.add_argument("--speech_preset", default="small", choices=sorted(MelLLMSpeechConfig.PRESETS))
     parser.add_argument("--speech_config", default="{}", help="fields of MelLLMSpeechConfig in JSON")
@@ -68,6 +72,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         if not isinstance(fields, dict):
             parser.error(f"--{name} must be a JSON object.")
         setattr(arguments, name, fields)
+    if arguments.text_only and (arguments.audio_config or arguments.speaks):
+        parser.error("--text_only makes no audio side: leave --audio_config and --speaks out.")
     for name, default in (("speech_config", {}), ("speech_preset", "small")):
         if getattr(arguments, name) != default and not arguments.speaks:
             parser.error(f"--{name} needs --speaks.")
@@ -83,15 +89,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def convert(arguments: argparse.Namespace):
-    """The model and its processor.
+def load_text_llm(arguments: argparse.Namespace):
+    """The language model, as small as it is to be, and its tokenizer.
 
     Raises:
         OSError, ValueError: Something is not there, or does not fit.
     """
-    check_new_folder(arguments.output_dir)
     layers = None if arguments.layers is None else parse_layers(arguments.layers)
-    audio_config = MelLLMAudioConfig(**arguments.audio_config)
     options = {"revision": arguments.revision}
     if arguments.gguf_file is not None:
         options["gguf_file"] = arguments.gguf_file
@@ -107,6 +111,17 @@ def convert(arguments: argparse.Namespace):
         # What the prompts are written with must not fall to pieces; it is small, and counts as often as the most frequent
         prompts = prompt_texts(tokenizer, arguments) * (len(texts) + 1)
         text_model, tokenizer = prune_vocabulary(text_model, tokenizer, [*prompts, *texts], arguments.vocab_size)
+    return text_model, tokenizer
+
+
+def convert(arguments: argparse.Namespace):
+    """The Mel-LLM and its processor.
+
+    Raises:
+        OSError, ValueError: Something is not there, or does not fit.
+    """
+    audio_config = MelLLMAudioConfig(**arguments.audio_config)
+    text_model, tokenizer = load_text_llm(arguments)
     speech = {}
     if arguments.speaks:
         extractor = MelLLMFeatureExtractor.from_preset("phi4")
@@ -143,14 +158,23 @@ def prompt_texts(tokenizer, arguments: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    model, processor = convert(arguments)
+    check_new_folder(arguments.output_dir)
+    if arguments.text_only:
+        model, processor = load_text_llm(arguments)
+        forget_gguf(model)
+        text_config, more = model.config, "a language model without ears."
+    else:
+        model, processor = convert(arguments)
+        text_config, more = (
+            model.config.text_config,
+            f"audio token {processor.audio_token!r}. Untrained where it is new.",
+        )
     with new_folder(arguments.output_dir) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-    text_config = model.config.text_config
     print(
         f"{arguments.output_dir}: {count_parameters(model)[1]:,} parameters, {text_config.num_hidden_layers} layers, "
-        f"{text_config.vocab_size} tokens, audio token {processor.audio_token!r}. Untrained where it is new."
+        f"{text_config.vocab_size} tokens, {more}"
     )
 
 

@@ -5,7 +5,7 @@ from .phi4mm import ConversionPlan, plan_conversion, write_conversion
 from .phi4mm_processor import build_processor
 from .phi4mm_source import Phi4MMSource, open_source
 from .prune import keep_layers, parse_layers, prune_vocabulary
-from .text_llm import find_spare_token, from_text_llm
+from .text_llm import find_spare_token, forget_gguf, from_text_llm
 
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "build_processor",
     "check_new_folder",
     "find_spare_token",
+    "forget_gguf",
     "from_text_llm",
     "keep_layers",
     "new_folder",

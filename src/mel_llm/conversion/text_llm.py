@@ -140,7 +140,7 @@ def from_text_llm(
 
     if isinstance(text_model, PreTrainedConfig):
         text_model = AutoModelForCausalLM.from_config(text_model)
-    _forget_gguf(text_model)
+    forget_gguf(text_model)
     decoder, head = _decoder_and_head(text_model)
     if text_model.get_input_embeddings().num_embeddings < len(tokenizer):
         text_model.resize_token_embeddings(len(tokenizer))
@@ -214,7 +214,7 @@ def from_text_llm(
     return model.train(text_model.training), processor
 
 
-def _forget_gguf(text_model: PreTrainedModel) -> None:
+def forget_gguf(text_model: PreTrainedModel) -> None:
     """Weights read from a GGUF file are ordinary ones by now, but still called quantized: nobody would train them."""
     quantization = getattr(text_model.config, "quantization_config", None)
     fields = quantization if isinstance(quantization, dict) or quantization is None else quantization.to_dict()
@@ -269,4 +269,4 @@ def _check_same_scores(model: MelLLMForSpeechSeq2Seq, text_model: PreTrainedMode
         )
 
 
-__all__ = ["find_spare_token", "from_text_llm"]
+__all__ = ["find_spare_token", "forget_gguf", "from_text_llm"]

@@ -1,0 +1,116 @@
+"""The models in hub_cards: small, whole and described, and they still write what their figures were measured on."""
+
+import csv
+import json
+
+import pytest
+import torch
+from conftest import ROOT, load_script
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, pipeline
+
+from mel_llm import load_audio
+from mel_llm.evaluation import WordErrorRate
+from mel_llm.model_card import is_generated, metadata_problems
+from mel_llm.publishing import file_problems
+
+
+SHIPPED = sorted(path.parent for path in (ROOT / "hub_cards").glob("*/config.json"))
+MEASURED = ROOT / "docs" / "measured"
+HELD_OUT = ROOT / "held_out_clips"
+
+
+def held_out_clips() -> list[dict]:
+    with open(HELD_OUT / "metadata.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_there_is_the_model_of_the_demo():
+    assert load_script("demo").MODEL in SHIPPED
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_a_repository_is_complete_and_small(folder):
+    assert file_problems(folder, max_file_bytes=15 * 2**20) == []
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 64 * 2**20
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert metadata_problems(card) == [] and is_generated(card)
+    for part in ("base_model:", "license:", "pipeline_tag:", "model-index:", "attribution"):
+        assert part in card, part
+    _, info = AutoModelForSpeechSeq2Seq.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_the_figures_of_a_card_are_those_that_were_measured(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    files = sorted((MEASURED / folder.name).glob("scores/*.json"))
+    assert files
+    for path in files:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        assert f"{100 * scores['metrics']['wer']:.2f}" in card, path.name
+        assert scores["environment"]["command"] in card, path.name
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_the_held_out_recordings_are_heard_as_they_were_measured(folder):
+    """In another batch, on another machine, some later version: a word may differ, the error rate must not."""
+    rows = held_out_clips()
+    recogniser = pipeline("automatic-speech-recognition", model=str(folder), device="cpu")
+    texts = [
+        result["text"]
+        for result in recogniser([load_audio(HELD_OUT / row["file_name"]) for row in rows], batch_size=7)
+    ]
+    then = {}
+    for path in (MEASURED / folder.name).glob("raw/*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            clip = json.loads(line)
+            then[clip["id"]] = clip["pred_text"]
+    before = [then[row["file_name"].removesuffix(".flac")] for row in rows]
+    rate = WordErrorRate(normalizer="whisper")
+    references = [row["text"] for row in rows]
+    now, measured = (rate.compute(predictions=list(made), references=references)["wer"] for made in (texts, before))
+    assert now <= measured + 0.05
+    assert sum(new == old for new, old in zip(texts, before, strict=True)) >= len(rows) - 3
+
+
+def test_the_demo(capsys, monkeypatch, tmp_path):
+    demo = load_script("demo")
+    monkeypatch.setattr(demo, "SPEECH", tmp_path / "speech.wav")
+    demo.main([])
+    output = capsys.readouterr().out
+    rows = held_out_clips()
+    assert all(row["text"] in output for row in rows) and f"over {len(rows)} recordings" in output
+    assert "The model was not trained on these recordings" in output
+    speaks = AutoConfig.from_pretrained(demo.MODEL).speech_config is not None
+    assert (tmp_path / "speech.wav").is_file() == speaks
+
+    demo.main([str(HELD_OUT / rows[0]["file_name"])])
+    assert rows[0]["file_name"] in capsys.readouterr().out
+
+
+def test_the_demo_trains_a_model_when_asked(capsys, monkeypatch, tmp_path):
+    demo = load_script("demo")
+    monkeypatch.setattr(demo, "TRAINED", tmp_path / "demo" / "mel-llm-demo")
+    monkeypatch.setattr(demo, "read_clips", lambda folder, read=demo.read_clips: read(folder)[:2])
+    torch.manual_seed(0)
+    for more in ([], ["--retrain"], []):
+        demo.main(["--train", "--epochs", "1", *more])
+        output = capsys.readouterr().out
+        assert "The model was trained on these same recordings" in output and "over 2 recordings" in output
+        assert ("Trained in" in output) == (more == ["--retrain"] or not (tmp_path / "seen").exists())
+        (tmp_path / "seen").touch()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.wav"], "There is no file 'nowhere.wav'"),
+        (["--model", "nowhere"], "There is no model in 'nowhere'"),
+        (["--train", "--model", "nowhere"], "leave --model out"),
+        (["--output", __file__], "exists already: name another --output"),
+    ],
+)
+def test_what_the_demo_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        load_script("demo").parse_arguments(arguments)
+    assert message in capsys.readouterr().err
