@@ -305,11 +305,14 @@ def test_the_studies_in_the_repository_are_valid(script, speech, tmp_path, name,
         os.makedirs(tmp_path / "corpora", exist_ok=True)
         (tmp_path / "corpora" / corpus).symlink_to(speech)
     config = ROOT / "scripts" / "studies" / name
-    more = ["--set", f"phi4={tmp_path / 'phi4'}"] if name == "paper.yaml" else []
+    variable = {"paper.yaml": "phi4", "small.yaml": "backbone"}.get(name)
+    more = [] if variable is None else ["--set", f"{variable}={tmp_path / 'model'}"]
     assert script.main(words(config, tmp_path / "runs", tmp_path / "corpora", *more, "--dry-run")) == 0
     content = yaml.safe_load(config.read_text())
     said = capsys.readouterr().out
     assert f"# {len(content['runs'])} runs, all arguments are valid." in said
+    if name == "small.yaml":
+        return
     # Every comparison of the paper is there, with the paper's numbers
     published = {
         row["published"]["wer"] for table in content["tables"] for row in table["rows"] if row.get("published")
