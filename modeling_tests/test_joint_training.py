@@ -325,19 +325,18 @@ def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message,
     assert message in capsys.readouterr().err
 
 
-def test_the_recipes_are_understood(script, folder, tmp_path):  # noqa: F811
+def test_the_steps_of_the_recipe_are_understood(script, folder, tmp_path):  # noqa: F811
     recipe = ROOT / "scripts" / "recipes" / "mel-llm-small-en"
-
-    def arguments_of(name):
-        return script.parse_arguments(
-            [f"{name}.yaml", "--train_data", folder, "--output_dir", str(tmp_path), "--use_cpu"]
-        )
-
-    _, data, training = arguments_of(recipe)
-    assert data.tasks == ["asr"] and data.max_batch_tokens and training.max_steps > training.ctc_only_steps > 0
-    _, data, training = arguments_of(f"{recipe}-speaking")
-    assert data.tasks == ["asr", "tts"] and data.conditions and training.max_steps > 0
-    subprocess.run(["bash", "-n", f"{recipe}.sh"], check=True)
+    steps = sorted(recipe.glob("*.yaml"))
+    assert [path.stem for path in steps] == ["1-letters", "2-short", "3-all", "4-speaking"]
+    shell = recipe.with_suffix(".sh").read_text()
+    for path in steps:
+        more = ["--train_data", folder, "--output_dir", str(tmp_path), "--use_cpu"]
+        _, data, training = script.parse_arguments([str(path), *more])
+        assert data.tasks == (["asr", "tts"] if path.stem == "4-speaking" else ["asr"]) and training.max_steps > 0
+        assert training.ctc_only_steps == (training.max_steps if path.stem == "1-letters" else 0)
+        assert f"train {path.stem} " in shell
+    subprocess.run(["bash", "-n", recipe.with_suffix(".sh")], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,30 +1,27 @@
 #!/usr/bin/env bash
 # Trains the small English model that reads, from a language model to the folder of its Hub repository; and, when asked,
-# teaches it to speak.
+# teaches it to speak. The steps are those of the files in mel-llm-small-en/.
 #
-#   scripts/recipes/mel-llm-small-en.sh SPEECH OUTPUT [arguments of scripts/train.py]
+#   scripts/recipes/mel-llm-small-en.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
 #   SPEECH   a folder with the corpora asterisk-en and synth-en: see docs/data.md
-#   OUTPUT   gets start/ (the untrained model), reading/ (what training leaves) and model/ (what is published);
-#            with SPEAKING=1 also vocoder/, speaking/ and speaking-model/
+#   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/ and 3-all/ (what training leaves) and model/ (what is
+#            published); with SPEAKING=1 also vocoder/, 4-speaking/ and speaking-model/
 #
 #   BACKBONE=FOLDER GGUF=FILE   the language model; by default HuggingFaceTB/SmolLM2-135M-Instruct from the Hub
-#   SPEAKING=1                  go on with mel-llm-small-en-speaking.yaml, which nobody has tried at full length yet
+#   SPEAKING=1                  go on with 4-speaking.yaml, which nobody has tried at full length yet
 #   VOCODER_STEPS=0             no neural vocoder: Griffin-Lim
 #   PYTHON=python3.12           choose the interpreter
 #
-# The arguments are those of reading, or, with SPEAKING=1, of speaking. On a CPU, add --use_cpu where there is a GPU as well.
 # What was interrupted goes on when the same command is given again.
 set -euo pipefail
 
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+recipe="$here/recipes/mel-llm-small-en"
 python="${PYTHON:-python}"
 speech="${1:?SPEECH, the folder with the corpora, is missing}"
 output="${2:?OUTPUT, a folder, is missing}"
 shift 2
-reading=() speaking=()
-if [[ -n "${SPEAKING:-}" ]]; then speaking=("$@"); else reading=("$@"); fi
-
 mkdir -p "$output"
 if [[ ! -f "$output/start/config.json" ]]; then
     texts=("$speech"/{asterisk,synth}-en/train/metadata.csv)
@@ -39,19 +36,35 @@ for path in sys.argv[1:]:
     lines += [line for line in more if line not in heard]
 print(*lines, sep="\n")
 PYTHON
-    # The layers at both ends lose the least text: a cross-entropy of 12.0 before training, where 0-5 have 18.4
+    # The layers at both ends: of those tried, without training, they predict the sentences best
     "$python" "$here/convert_text_llm.py" "${BACKBONE:-HuggingFaceTB/SmolLM2-135M-Instruct}" ${GGUF:+--gguf_file "$GGUF"} \
         --layers 0-2,27-29 --vocab_size 4000 --vocab_texts "$output/sentences.txt" --speaks --output_dir "$output/start" \
-        --chat_template "$here/recipes/mel-llm-small-en.jinja" --transcription_instruction "" \
+        --chat_template "$recipe/chat_template.jinja" --transcription_instruction "" \
         --audio_config '{"reduction_factor": 8, "conv_channels": 96, "hidden_size": 384, "bidirectional_attention": true,
-            "ctc_weight": 0.5, "ctc_rate": 2, "ctc_layer": 4}'
+            "ctc_weight": 1.5, "ctc_rate": 2, "ctc_layer": 4}'
 fi
 
-[[ -f "$output/model/config.json" ]] || "$python" "$here/train.py" "$here/recipes/mel-llm-small-en.yaml" \
-    --model_name_or_path "$output/start" --output_dir "$output/reading" \
-    --train_data "$speech/asterisk-en,weight=1" "$speech/synth-en,weight=6" \
-    --eval_data "$speech/asterisk-en" "$speech/synth-en" ${reading[@]+"${reading[@]}"}
-[[ -f "$output/model/config.json" ]] || "$python" "$here/pack.py" "$output/reading" "$output/model" --reads_only
+# train NAME MODEL ARGUMENT...: a step that is done is left alone
+train() {
+    local name=$1 model=$2
+    shift 2
+    [[ -f "$output/$name/training_summary.json" ]] || "$python" "$here/train.py" "$recipe/$name.yaml" \
+        --model_name_or_path "$output/$model" --output_dir "$output/$name" \
+        --eval_data "$speech/asterisk-en" "$speech/synth-en" "$@"
+}
+
+# pack RUN FOLDER ARGUMENT...
+pack() {
+    local run=$1 folder=$2
+    shift 2
+    [[ -f "$output/$folder/config.json" ]] || "$python" "$here/pack.py" "$output/$run" "$output/$folder" "$@"
+}
+
+heard=(--train_data "$speech/asterisk-en,weight=1" "$speech/synth-en,weight=6")
+train 1-letters start "${heard[@]}" "$@"
+train 2-short 1-letters "${heard[@]}" "$@"
+train 3-all 2-short "${heard[@]}" "$@"
+pack 3-all model --reads_only
 [[ -n "${SPEAKING:-}" ]] || exit 0
 
 vocoder=griffin_lim
@@ -65,9 +78,7 @@ if [[ "$steps" != 0 ]]; then
 fi
 
 # The worst of the synthetic voices are for reading only
-"$python" "$here/train.py" "$here/recipes/mel-llm-small-en-speaking.yaml" --model_name_or_path "$output/reading" \
-    --output_dir "$output/speaking" --vocoder "$vocoder" \
+train 4-speaking 3-all --vocoder "$vocoder" \
     --train_data "$speech/asterisk-en,weight=1" "$speech/synth-en,weight=4,exclude=source:*espeak*" \
-    "$speech/synth-en,weight=1,task=asr" \
-    --eval_data "$speech/asterisk-en" "$speech/synth-en" ${speaking[@]+"${speaking[@]}"}
-[[ -f "$output/speaking-model/config.json" ]] || "$python" "$here/pack.py" "$output/speaking" "$output/speaking-model"
+    "$speech/synth-en,weight=1,task=asr" "$@"
+pack 4-speaking speaking-model
