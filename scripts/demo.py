@@ -156,6 +156,9 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     logging.set_verbosity_error()
     device = 0 if torch.cuda.is_available() else "cpu"
+    if arguments.model is None and not arguments.train and not (MODEL / "config.json").is_file():
+        print(f"There is no model in {MODEL} yet, so one is trained here, as with --train.")
+        arguments.train = True
     folder, clips = arguments.model or MODEL, read_clips(HELD_OUT)
     if arguments.train:
         folder, clips = TRAINED, read_clips(TRAINED_ON)
