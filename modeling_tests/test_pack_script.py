@@ -31,6 +31,7 @@ def run(tokenizer, tmp_path_factory):
     )
     model.model.set_feature_statistics(torch.full((80,), 12.3456789), torch.full((80,), 2.3456789))
     folder = tmp_path_factory.mktemp("run")
+    model.config.text_config._name_or_path = "/home/ada/llm"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "training_summary.json").write_text('{"setup": {"train_data": [{"place": "/home/ada/my speech"}]}}')
@@ -44,6 +45,7 @@ def test_a_packed_model_is_half_as_large_and_says_the_same(script, run, speech_c
     shards = [path.stat().st_size for path in folder.glob("*.safetensors")]
     assert len(shards) > 2 and sum(shards) < 0.56 * (run / "model.safetensors").stat().st_size
     summary = json.loads((folder / "training_summary.json").read_text())
+    assert "/home/ada" in (run / "config.json").read_text() and "/home/ada" not in (folder / "config.json").read_text()
     assert summary == {"setup": {"train_data": [{"place": "my speech"}]}}
 
     packed, whole = (AutoModelForTextToWaveform.from_pretrained(path) for path in (folder, run))

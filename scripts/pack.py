@@ -95,7 +95,7 @@ def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str, reads
         setattr(model.get_submodule(owner), leaf, value)
     model.save_pretrained(partial, max_shard_size=max_shard_size)
     processor.save_pretrained(partial)
-    set_dtype(partial / "config.json")
+    clean_config(partial / "config.json")
     for name in RECORDS:
         if (run / name).is_file():
             content = without_paths(json.loads((run / name).read_text(encoding="utf-8")))
@@ -109,13 +109,14 @@ def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str, reads
     print(f"{folder}: {count_parameters(model)[1]:,} parameters, {size / 2**20:.1f} MiB of weights in {dtype}.")
 
 
-def set_dtype(path: Path) -> None:
-    """The dtype in a config is the one that weights are loaded in."""
+def clean_config(path: Path) -> None:
+    """The dtype in a config is the one that weights are loaded in; and folders of this machine are nobody else's business."""
 
     def change(value):
-        if isinstance(value, dict):
-            return {key: "float32" if key in ("dtype", "torch_dtype") else change(item) for key, item in value.items()}
-        return value
+        if not isinstance(value, dict):
+            return value
+        kept = {key: item for key, item in value.items() if key != "_name_or_path" or not os.path.isabs(str(item))}
+        return {key: "float32" if key in ("dtype", "torch_dtype") else change(item) for key, item in kept.items()}
 
     path.write_text(
         json.dumps(change(json.loads(path.read_text(encoding="utf-8"))), indent=2) + "\n", encoding="utf-8"
