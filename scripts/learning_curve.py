@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -91,23 +92,47 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict]) -> bytes:
-    """A PNG: losses of training and evaluation in one picture, error rates in another."""
+    """A PNG: the terms of the loss in one picture, error rates in another; phases are parted by lines."""
     from matplotlib.figure import Figure
 
     curves = curves_of(rows)
     rates = {name: points for name, points in curves.items() if name.split("_")[-1] in ("wer", "cer")}
     losses = {name: points for name, points in curves.items() if name not in rates}
-    panels = [(title, lines) for title, lines in (("loss", losses), ("error rate", rates)) if lines]
+    terms = {name: points for name, points in losses.items() if name not in ("loss", "eval_loss")}
+    panels = [(title, lines) for title, lines in (("loss", terms or losses), ("error rate", rates)) if lines]
+    starts = {row["run"]: row["step"] for row in reversed(rows)}  # where each phase begins
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), marker="." if name.startswith("eval_") else None, label=name)
-        axes.set(xlabel="step", ylabel=title, ylim=(0, None))
+            marker = "." if name.startswith("eval_") else None
+            axes.plot(*_with_gaps(points, list(starts.values())), marker=marker, label=name)
+        for start in list(starts.values()) if len(starts) > 1 else ():
+            axes.axvline(start, color="gray", linewidth=0.8, linestyle=":")
+        # The first steps of a phase would leave no room for all others
+        values = sorted(value for points in lines.values() for _, value in points)
+        axes.set(
+            xlabel="step",
+            ylabel=title,
+            xlim=(0, rows[-1]["step"]),
+            ylim=(0, 1.1 * values[int(0.98 * (len(values) - 1))]),
+        )
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)
     return image.getvalue()
+
+
+def _with_gaps(points: list[tuple[int, float]], starts: list[int]) -> tuple[list[float], list[float]]:
+    """Steps and values, with a gap where a whole phase lies between two of them that has no value."""
+    steps, values = [], []
+    for step, value in points:
+        if steps and sum(steps[-1] < start <= step for start in starts) > 1:
+            steps.append(math.nan)
+            values.append(math.nan)
+        steps.append(step)
+        values.append(value)
+    return steps, values
 
 
 def main(argv: list[str]) -> None:
