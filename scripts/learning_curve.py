@@ -100,13 +100,13 @@ def draw(rows: list[dict]) -> bytes:
     losses = {name: points for name, points in curves.items() if name not in rates}
     terms = {name: points for name, points in losses.items() if name not in ("loss", "eval_loss")}
     panels = [(title, lines) for title, lines in (("loss", terms or losses), ("error rate", rates)) if lines]
-    starts = {row["run"]: row["step"] for row in reversed(rows)}  # where each phase begins
+    starts = list({row["run"]: row["step"] for row in reversed(rows)}.values())  # of the phases
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in lines.items():
             marker = "." if name.startswith("eval_") else None
-            axes.plot(*_with_gaps(points, list(starts.values())), marker=marker, label=name)
-        for start in list(starts.values()) if len(starts) > 1 else ():
+            axes.plot(*_with_gaps(points, starts), marker=marker, label=name)
+        for start in starts if len(starts) > 1 else ():
             axes.axvline(start, color="gray", linewidth=0.8, linestyle=":")
         # The first steps of a phase would leave no room for all others
         values = sorted(value for points in lines.values() for _, value in points)

@@ -797,16 +797,14 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         labels = self._append_end_of_text(labels.to(prompt_ids.device))
         is_text = labels != -100
         spells = transcript_bytes is not None and self.ctc_head is not None
-        if spells and self.training and not self.text_loss_weight:
-            # The letters alone are learnt, and what stands behind the audio changes nothing of them
-            labels, is_text_read = labels[:, :0], is_text[:, :0]
-        else:
-            is_text_read = is_text
-        text = labels.masked_fill(~is_text_read, self.config.pad_token_id)
+        # Where the letters alone are learnt, what stands behind the audio would change nothing of them
+        learns_text = bool(self.text_loss_weight) or not (spells and self.training)
+        num_read = labels.shape[1] if learns_text else 0
+        text = labels.masked_fill(~is_text, self.config.pad_token_id)[:, :num_read]
         if self.training and self.text_dropout:
             hidden = torch.rand(text.shape, device=text.device) < self.text_dropout
             text = text.masked_fill(hidden, self.config.pad_token_id)
-        attention_mask = torch.cat([prompt_mask, is_text_read.to(prompt_mask.dtype)], dim=1)
+        attention_mask = torch.cat([prompt_mask, is_text[:, :num_read].to(prompt_mask.dtype)], dim=1)
         wants_states = kwargs.pop("output_hidden_states", None)
         outputs = self.model(
             input_ids=torch.cat([prompt_ids, text], dim=1),
@@ -823,7 +821,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             # Counted before the ends of text were added; with none but empty transcripts it would be 0
             kwargs["num_items_in_batch"] = torch.as_tensor(kwargs["num_items_in_batch"]).clamp(min=1)
         loss = logits = None
-        if labels.shape[1]:
+        if learns_text:
             # The state at the prompt's last token predicts the first label, and so on
             logits = self._output_logits(outputs.last_hidden_state[:, prompt_ids.shape[1] - 1 : -1])
             loss = self.loss_function(

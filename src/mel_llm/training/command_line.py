@@ -79,6 +79,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
     for name, tasks in (("prompt_fraction", {"continuation"}), ("skip_text_probability", {"continuation", "qa"})):
         if getattr(data_args, name) and tasks.isdisjoint(data_args.tasks):
             parser.error(f"--{name} is for --tasks {','.join(sorted(tasks))}.")
+    if not 0.0 <= training_args.text_dropout < 1.0:
+        parser.error(f"--text_dropout must be at least 0 and less than 1, got {training_args.text_dropout:g}.")
+    if training_args.text_dropout and ("asr" not in data_args.tasks or data_args.packing):
+        parser.error("--text_dropout is for reading (--tasks asr) without --packing.")
     check_batching(parser, data_args, training_args)
     return model_args, data_args, training_args
 
@@ -86,10 +90,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
 def check_batching(parser: HfArgumentParser, data_args: DataArguments, training_args: SpeechTrainingArguments) -> None:
     if data_args.max_batch_tokens is not None and data_args.max_batch_tokens < 1:
         parser.error(f"--max_batch_tokens must be at least 1, got {data_args.max_batch_tokens}.")
-    if not 0.0 <= training_args.text_dropout < 1.0:
-        parser.error(f"--text_dropout must be at least 0 and less than 1, got {training_args.text_dropout:g}.")
-    if training_args.text_dropout and ("asr" not in data_args.tasks or data_args.packing):
-        parser.error("--text_dropout is for reading (--tasks asr) without --packing.")
     if data_args.packing and "asr" not in data_args.tasks:
         parser.error("--packing is for reading: add asr to --tasks.")
     if data_args.packing and training_args.label_smoothing_factor:
