@@ -6,7 +6,8 @@ import torch
 from test_train_script import SCRATCH, folder, losses, script, train, words  # noqa: F401  (fixtures among them)
 
 from mel_llm import MelLLMFeatureExtractor
-from mel_llm.training import RecordingConditions, VoiceWarp
+from mel_llm.training import RecordingConditions, SpecAugment, VoiceWarp
+from mel_llm.training.command_line import spec_augment
 from mel_llm.training.conditions import coloured_noise
 
 
@@ -98,6 +99,26 @@ def test_what_is_out_of_range_is_told():
         VoiceWarp(MelLLMFeatureExtractor(), 0.9)
 
 
+def test_how_much_is_masked_is_for_the_command_line(script, folder, tmp_path, capsys):  # noqa: F811
+    def masks(*more):
+        return spec_augment(script.parse_arguments(words(folder, tmp_path, *more))[1])
+
+    assert masks() is None and masks("--spec_augment") == SpecAugment()
+    fields = '{"max_time_share": 0.05, "num_freq_masks": 1}'
+    assert masks("--spec_augment", "--spec_augment_config", fields) == SpecAugment(
+        max_time_share=0.05, num_freq_masks=1
+    )
+    for given, message in (
+        (["--spec_augment_config", fields], "needs --spec_augment"),
+        (["--spec_augment", "--spec_augment_config", '{"share": 1}'], "no field share"),
+        (["--spec_augment", "--spec_augment_config", '{"max_time_share": 2}'], "max_time_share"),
+        (["--spec_augment", "--spec_augment_config", "[1]"], "must be a JSON object"),
+    ):
+        with pytest.raises(SystemExit):
+            masks(*given)
+        assert message in capsys.readouterr().err
+
+
 def test_training_with_all_of_it(script, folder, tmp_path):  # noqa: F811
     more = [
         "--conditions",
@@ -107,6 +128,8 @@ def test_training_with_all_of_it(script, folder, tmp_path):  # noqa: F811
         "0.9",
         "1.1",
         "--spec_augment",
+        "--spec_augment_config",
+        '{"max_time_share": 0.1}',
         "--max_steps",
         "3",
     ]

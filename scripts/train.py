@@ -45,7 +45,6 @@ from mel_llm.training import (
     PackedTranscriptionCollator,
     QACollator,
     RecordingConditions,
-    SpecAugment,
     SpeechDataset,
     SpeechSampler,
     SpeechStream,
@@ -68,7 +67,7 @@ from mel_llm.training import (
     trainable_table,
 )
 from mel_llm.training.arguments import DataArguments, ModelArguments, SpeechTrainingArguments
-from mel_llm.training.command_line import parse_arguments, prompt_cut
+from mel_llm.training.command_line import parse_arguments, prompt_cut, spec_augment
 from mel_llm.training.run_data import (
     EVALUATION,
     asks,
@@ -103,7 +102,7 @@ from mel_llm.whole_files import write_whole
 logger = logging.getLogger("train")
 
 SUMMARY = "training_summary.json"
-AUGMENTATIONS = ("speed_factors", "spec_augment", "conditions", "voice_warp", "voice_pairs")
+AUGMENTATIONS = ("speed_factors", "spec_augment", "spec_augment_config", "conditions", "voice_warp", "voice_pairs")
 
 
 @dataclass
@@ -381,7 +380,7 @@ def prepare(argv: list[str]) -> Run | None:
     later = data_args.features_on_device
     reading = {
         "processor": processor,
-        "spec_augment": SpecAugment() if data_args.spec_augment else None,
+        "spec_augment": spec_augment(data_args),
         "features_later": later,
         "spell": audio_config.ctc_weight > 0,
         "voice_warp": VoiceWarp(processor.feature_extractor, data_args.voice_warp) if data_args.voice_warp else None,

@@ -148,6 +148,8 @@ class MelLLMAudioConfig(PreTrainedConfig):
             (ours; a push to listen that the cross-entropy lacks on little data).
         ctc_layer (`int`, *optional*): Layers of the language model below that head; two thirds of them when not given.
         ctc_rate (`int`, defaults to 1): Letters that the head may write for an audio token. English has some 15 a second.
+        ctc_decoding_weight (`float`, defaults to 0.0): What the head counts in writing transcripts, from 0 to 1, beside the
+            language model; see [`~ctc_decoding_mel_llm.CTCLogitsProcessor`] (ours). An argument of `generate()` too.
         max_source_positions (`int`, defaults to 3750): Most audio tokens that one clip is expected to have (300 s at
             the default rate). Serving engines plan their memory with it; longer clips are not refused (ours).
         max_audio_seconds (`float`, defaults to 30.0): Longest piece that the model was trained on, in seconds, from 1
@@ -180,6 +182,7 @@ class MelLLMAudioConfig(PreTrainedConfig):
     ctc_weight: float = 0.0
     ctc_layer: int | None = None
     ctc_rate: int = 1
+    ctc_decoding_weight: float = 0.0
     max_source_positions: int = 3750
     max_audio_seconds: float = 30.0
     silence_threshold: float | None = None
@@ -197,6 +200,14 @@ class MelLLMAudioConfig(PreTrainedConfig):
         _check_int(self, "ctc_rate", maximum=16)
         if self.ctc_layer is not None:
             _check_int(self, "ctc_layer", maximum=1 << 16)
+        _check_number(self, "ctc_decoding_weight", 0.0, 1.0)
+        if self.ctc_decoding_weight and not self.ctc_weight:
+            _fail(
+                type(self).__name__,
+                "ctc_decoding_weight",
+                self.ctc_decoding_weight,
+                "0 without a head: ctc_weight is 0",
+            )
         _check_choice(self, "reduction_factor", (1, 2, 4, 8, 16))
         _check_choice(self, "projector_type", ("mlp", "linear"))
         _check_choice(self, "encoder_type", ("none", "conformer"))

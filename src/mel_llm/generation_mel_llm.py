@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .ctc_decoding_mel_llm import CTCLogitsProcessor, CTCPrefixScorer
 from .transcription_mel_llm import Transcription, transcribe
 
 
@@ -164,8 +165,13 @@ class MelLLMGenerationMixin(GenerationMixin):
           `max_length` is an argument of the call; a transcript that falls into a loop ends there, and the loop is cut
           to its first round; a silent clip gives an empty transcript. Neither guard is at work with `min_new_tokens`.
 
+        `ctc_decoding_weight=0.3`, from 0 to 1, has the CTC head of a model that has one weigh what is written, see
+        [`~ctc_decoding_mel_llm.CTCLogitsProcessor`]; this is for the second way of calling, and
+        `config.audio_config.ctc_decoding_weight` is its default there.
+
         Raises:
-            ValueError: What the forward pass raises for features or masks of the wrong shape.
+            ValueError: What the forward pass raises for features or masks of the wrong shape; or `ctc_decoding_weight` is out
+                of range, given beside a text, or the model cannot be decoded with it.
         """
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
             inputs, kwargs["input_features"] = None, inputs
@@ -181,6 +187,11 @@ class MelLLMGenerationMixin(GenerationMixin):
             if ids is not None and not has_audio and (ids == self.config.audio_token_id).any():
                 # `forward` cannot tell: it is given an empty cache, which a draft model in assisted decoding fills too
                 raise ValueError("`input_ids` has audio tokens but there are no `input_features`.")
+            if kwargs.pop("ctc_decoding_weight", None):
+                raise ValueError(
+                    "`ctc_decoding_weight` is for transcripts: pass `input_features` without `input_ids`. What is written "
+                    "in a chat need not be what is said."
+                )
             return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
 
         for name in ("input_ids", "inputs_embeds", "labels", "transcript_bytes", "decoder_input_ids"):
@@ -190,6 +201,7 @@ class MelLLMGenerationMixin(GenerationMixin):
         features, mask = self.model._check_features(
             kwargs.pop("input_features"), mask if feature_mask is None else feature_mask
         )
+        ctc_weight = self._ctc_decoding_weight(kwargs.pop("ctc_decoding_weight", None))
         features = features.to(self.device)
         mask = None if mask is None else mask.to(self.device)
         input_ids, attention_mask = self._build_prompt(features, mask)
@@ -207,6 +219,10 @@ class MelLLMGenerationMixin(GenerationMixin):
         loops = None
         eos_ids = self._eos_token_ids(generation_config)
         end_ids = torch.tensor([self._pad_token_id(generation_config), *eos_ids], device=input_ids.device)
+        if ctc_weight:
+            scorer = self._ctc_scorer(input_ids, attention_mask, features, mask)
+            letters = self.ctc_head.letters
+            logits_processor.append(CTCLogitsProcessor(scorer, letters, ctc_weight, prompt_length, eos_ids, end_ids))
         if not generation_config.min_new_tokens:  # who asks for a number of tokens, as benchmarks do, gets it
             loops = RepetitionLoopCriteria(prompt_length, end_ids)
             stopping_criteria.append(loops)
@@ -244,6 +260,51 @@ class MelLLMGenerationMixin(GenerationMixin):
         """The transcript of a recording of any length, with segments and their times; see
         [`~transcription_mel_llm.transcribe`], which takes the same arguments."""
         return transcribe(self, processor, audio, **kwargs)
+
+    def _ctc_decoding_weight(self, asked: float | None) -> float:
+        """What the letters count in decoding; where nobody asked, what the checkpoint says.
+
+        Raises:
+            ValueError: It is out of range, or this model cannot be decoded with it.
+        """
+        # Not in the generation config, which drops what the library does not know
+        weight = self.config.audio_config.ctc_decoding_weight if asked is None else asked
+        if not weight:
+            return 0.0
+        if not 0 <= weight <= 1:
+            raise ValueError(f"`ctc_decoding_weight` must be from 0 to 1, got {weight!r}.")
+        if self.ctc_head is None:
+            raise ValueError(
+                "`ctc_decoding_weight` needs a model with a CTC head, which `audio_config.ctc_weight` above 0 gives a new model."
+            )
+        if not self.ctc_head.letters.any():
+            raise ValueError(
+                "`ctc_decoding_weight`: this checkpoint was made before its CTC head knew what each token spells. Set it: "
+                "`model.ctc_head.set_letters(mel_llm.spelling.token_letters(processor.tokenizer, "
+                "*model.ctc_head.letters.shape))`."
+            )
+        return float(weight)
+
+    def _ctc_scorer(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        features: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> CTCPrefixScorer:
+        """The letters that the CTC head finds in each clip. Reads the prompts once more: `generate` keeps no states of them."""
+        outputs = self.model(
+            input_ids=input_ids,
+            input_features=features,
+            input_features_mask=mask,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            output_hidden_states=True,
+            return_dict=True,
+        )
+        states = outputs.hidden_states[self.ctc_head.layer]
+        return CTCPrefixScorer(*self.ctc_head.log_probs(states, input_ids == self.config.audio_token_id))
 
     def _transcript_lengths(
         self, generation_config: GenerationConfig | None, kwargs: dict, budgets: torch.LongTensor

@@ -33,6 +33,9 @@ logger = logging.get_logger(__name__)
 # every layer exceeds what the layer costs.
 _CPU_BLOCK_VALUES = 1 << 22
 
+# Bytes that a token may spell; the longest English words of large vocabularies have 20
+_TOKEN_LETTERS = 32
+
 
 def _length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
     """`(B,)` lengths to a boolean mask `(B, size)`, true at the first `lengths[i]` places."""
@@ -275,6 +278,8 @@ class MelLLMPreTrainedModel(SafetensorsOnlyMixin, MelLLMSharingMixin, PreTrained
         elif hasattr(module, "ext_pw_conv_1d") and hasattr(module, "b1"):  # the Conformer's gated convolution
             init.zeros_(module.b1)
             init.zeros_(module.b2)
+        elif isinstance(module, MelLLMCTCHead):
+            init.zeros_(module.letters)
         else:
             super()._init_weights(module)
 
@@ -329,23 +334,50 @@ class MelLLMCTCHead(nn.Module):
                 f"`ctc_layer` is {self.layer}, but the language model has {text_config.num_hidden_layers} layers."
             )
         self.proj = nn.Linear(text_config.hidden_size, 256 * self.rate)
+        # What each token of the language model spells, see `mel_llm.spelling.token_letters`: for decoding with this head
+        self.register_buffer("letters", torch.zeros(text_config.vocab_size, _TOKEN_LETTERS, dtype=torch.uint8))
+
+    @torch.no_grad()
+    def set_letters(self, letters: torch.Tensor) -> None:
+        """Sets what each token spells, `(vocab_size, 32)`: `token_letters(tokenizer, *head.letters.shape)` of
+        `mel_llm.spelling`.
+
+        Raises:
+            ValueError: The shape is another one.
+        """
+        if letters.shape != self.letters.shape:
+            raise ValueError(
+                f"`letters` must have the shape {tuple(self.letters.shape)}, got {tuple(letters.shape)}: a row for each "
+                "token of the language model."
+            )
+        self.letters.copy_(letters)
+
+    def resize(self, vocab_size: int) -> None:
+        """Follows the language model to another number of tokens; new ones spell nothing."""
+        new_rows = max(0, vocab_size - len(self.letters))
+        self.letters = nn.functional.pad(self.letters[:vocab_size], (0, 0, 0, new_rows))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., n, D)` states of audio tokens to scores `(..., n * ctc_rate, 256)`."""
         return self.proj(hidden_states).unflatten(-1, (self.rate, 256)).flatten(-3, -2)
 
-    def loss(self, hidden_states: torch.Tensor, places: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """States `(B, L, D)` of rows whose audio tokens stand side by side at `places` `(B, L)`, and bytes `(B, M)`
-        padded with -100, to the loss of a byte `(B,)`: 0 for a row whose transcript has too many."""
+    def log_probs(self, hidden_states: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `(B, L, D)` of rows whose audio tokens stand side by side at `places` `(B, L)`, to what is spelt at them,
+        `(B, longest n * ctc_rate, 256)` in float32, and how many of these places each row has, `(B,)`."""
         counts = places.sum(-1)
         index = places.int().argmax(-1)[:, None] + torch.arange(int(counts.max()), device=places.device)
         index = index.clamp(max=hidden_states.shape[1] - 1)[..., None].expand(-1, -1, hidden_states.shape[-1])
-        scores = self.forward(hidden_states.gather(1, index)).float().log_softmax(-1)
+        return self.forward(hidden_states.gather(1, index)).float().log_softmax(-1), counts * self.rate
+
+    def loss(self, hidden_states: torch.Tensor, places: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """States and places as in `log_probs`, and bytes `(B, M)` padded with -100, to the loss of a byte `(B,)`: 0 for a
+        row whose transcript has too many."""
+        scores, counts = self.log_probs(hidden_states, places)
         sizes = (labels != -100).sum(-1)
         losses = nn.functional.ctc_loss(
             scores.transpose(0, 1),
             labels.clamp(min=0),
-            counts * self.rate,
+            counts,
             sizes,
             reduction="none",
             zero_infinity=True,
@@ -632,6 +664,8 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012  (the name and type are transformers')
     # A checkpoint that speaks too is read without a word about the rest
     _keys_to_ignore_on_load_unexpected = [r"^speech_head\.", r"^vocoder\.", r"^ctc_head\."]  # noqa: RUF012
+    # Heads of before they could be decoded with
+    _keys_to_ignore_on_load_missing = [r"^ctc_head\.letters$"]  # noqa: RUF012
 
     def __init__(self, config: MelLLMConfig):
         super().__init__(config)
@@ -665,6 +699,12 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.ctc_head is not None:
+            self.ctc_head.resize(self.config.vocab_size)
+        return embeddings
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value

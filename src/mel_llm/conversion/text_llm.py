@@ -19,6 +19,7 @@ from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMForSpee
 from ..modeling_mel_llm_speech import MelLLMForTextToSpeech
 from ..processing_mel_llm import MelLLMProcessor
 from ..speech_heads_mel_llm import MelLLMSpeechHead
+from ..spelling import token_letters
 from ..vocoder_mel_llm import build_vocoder
 
 
@@ -198,6 +199,7 @@ def from_text_llm(
         if model.ctc_head is not None:
             model.ctc_head = MelLLMCTCHead(config)
             model._init_weights(model.ctc_head.proj)
+            model.ctc_head.set_letters(token_letters(tokenizer, *model.ctc_head.letters.shape))
         if config.speech_config is not None:
             model.speech_head = MelLLMSpeechHead(config)
             for module in model.speech_head.modules():

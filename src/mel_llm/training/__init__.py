@@ -1,10 +1,11 @@
 """Preparing a Mel-LLM for training, and training it."""
 
+from ..spelling import ctc_bytes
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
 from .conditions import RecordingConditions, VoiceWarp
 from .continuation import ContinuationCollator, PromptCut, QACollator, select_answered, select_continuations
-from .ctc import count_unspellable, ctc_bytes
+from .ctc import count_unspellable
 from .dataset import SpeechDataset
 from .freezing import describe_trainable, freeze_layers, trainable_table
 from .lora import LORA_PRESETS, count_parameters, freeze, load_adapter, lora_config

@@ -153,6 +153,10 @@ class DataArguments:
         default_factory=list, metadata={"help": "Speed perturbation, e.g. 0.9 1.0 1.1; none by default."}
     )
     spec_augment: bool = field(default=False, metadata={"help": "Mask stretches of time and bands of mel bins."})
+    spec_augment_config: str = field(
+        default="{}",
+        metadata={"help": "Fields of SpecAugment in JSON: how much is masked, e.g. '{\"max_time_share\": 0.05}'."},
+    )
     conditions: bool = field(
         default=False, metadata={"help": "Noise, rooms, telephone bands and levels, by chance (RecordingConditions)."}
     )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..processing_mel_llm import MelLLMProcessor
+from ..spelling import ctc_bytes
 from .augmentation import SpecAugment
 from .conditions import VoiceWarp
-from .ctc import ctc_bytes
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ from transformers import HfArgumentParser
 
 from ..conversion.prune import parse_layers
 from .arguments import DataArguments, ModelArguments, SpeechTrainingArguments
+from .augmentation import SpecAugment
 from .continuation import PromptCut
 from .sources import SPEAKING_TASKS, TASKS
 
@@ -71,6 +73,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
                     f"--{name} is for reading: it would change the voices and the sound that --tasks {spoken[0]} learns."
                 )
     try:
+        spec_augment(data_args)
         prompt_cut(data_args)
         if not 0 <= data_args.skip_text_probability <= 1:
             raise ValueError("skip_text_probability must be a share from 0 to 1.")
@@ -135,6 +138,21 @@ def json_fields(name: str, text: str) -> dict:
     return fields
 
 
+def spec_augment(data_args: DataArguments) -> SpecAugment | None:
+    """What masks the features of training clips, if anything does.
+
+    Raises:
+        ValueError: A field is unknown or out of range, or there are fields without `--spec_augment`.
+    """
+    given = json_fields("spec_augment_config", data_args.spec_augment_config)
+    unknown = given.keys() - {field.name for field in fields(SpecAugment)}
+    if unknown:
+        raise ValueError(f"spec_augment_config: SpecAugment has no field {', '.join(sorted(unknown))}.")
+    if given and not data_args.spec_augment:
+        raise ValueError("spec_augment_config needs --spec_augment.")
+    return SpecAugment(**given) if data_args.spec_augment else None
+
+
 def random_parts(model_args: ModelArguments) -> set[str]:
     return {part.strip() for part in (model_args.random_init or "").split(",") if part.strip()}
 
@@ -161,5 +179,6 @@ __all__ = [
     "parse_arguments",
     "prompt_cut",
     "random_parts",
+    "spec_augment",
     "tasks_in",
 ]

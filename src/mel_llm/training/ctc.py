@@ -1,17 +1,9 @@
-"""What a CTC head spells: the letters of a transcript, as bytes. Ours."""
+"""Transcripts that a CTC head has no room to spell. Ours."""
 
-import unicodedata
 from collections.abc import Iterable
 from itertools import pairwise
 
-
-def ctc_bytes(text: str) -> list[int]:
-    """Letters, digits, apostrophes and single spaces of a text, in lower case, as the bytes of UTF-8."""
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    kept = "".join(
-        letter if letter.isalnum() or letter == "'" or unicodedata.combining(letter) else " " for letter in text
-    )
-    return list(" ".join(kept.split()).encode())
+from ..spelling import ctc_bytes
 
 
 def count_unspellable(texts: Iterable[str], num_places: Iterable[int]) -> int:
@@ -24,4 +16,4 @@ def count_unspellable(texts: Iterable[str], num_places: Iterable[int]) -> int:
     return count
 
 
-__all__ = ["count_unspellable", "ctc_bytes"]
+__all__ = ["count_unspellable"]

@@ -1,0 +1,244 @@
+"""Decoding with the CTC head beside the language model: prefix scores against all alignments, and what `generate` writes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import build_tiny
+from test_ctc import batch_of
+from transformers import AutoModelForSpeechSeq2Seq
+
+from mel_llm.ctc_decoding_mel_llm import CTCPrefixScorer
+from mel_llm.spelling import ctc_bytes, token_letters
+
+
+A, B, SPACE = ord("a"), ord("b"), ord(" ")
+
+
+@pytest.fixture
+def spelling(tokenizer):
+    return build_tiny(tokenizer, audio_config={"ctc_weight": 0.5, "ctc_rate": 4})
+
+
+def all_spellings(log_probs: torch.Tensor) -> dict[bytes, float]:
+    """What is spelt, over all paths through a few letters, to its log probability."""
+    found: dict[bytes, float] = {}
+    letters = [0, A, B, SPACE]
+    for path in itertools.product(letters, repeat=len(log_probs)):
+        spelt = bytes(letter for letter, _ in itertools.groupby(path) if letter)
+        score = sum(float(log_probs[place, letter]) for place, letter in enumerate(path))
+        found[spelt] = float(torch.logaddexp(torch.tensor(found.get(spelt, -math.inf)), torch.tensor(score)))
+    return found
+
+
+def few_letters(num_places: int, seed: int) -> torch.Tensor:
+    scores = torch.full((num_places, 256), -1e4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    scores[:, [0, A, B, SPACE]] = torch.randn(num_places, 4, generator=generator, dtype=torch.float64)
+    return scores.log_softmax(-1)
+
+
+@pytest.mark.parametrize("text", [b"a", b"b", b"ab", b"aa", b"a b", b"baa", b"abab"])
+def test_prefix_scores_are_those_of_all_alignments(text):
+    """Of a clip by itself and beside a longer one, in one go and letter by letter."""
+    short, long = few_letters(5, 0), few_letters(7, 1)
+    batch = torch.zeros(2, 7, 256, dtype=torch.float64)
+    batch[0, :5], batch[1] = short, long
+    scorer = CTCPrefixScorer(batch, torch.tensor([5, 7]))
+    clips = torch.tensor([0, 1])
+    begun = scorer.advance(clips, scorer.start(clips), [0, 1], [text, text])
+    stepwise = scorer.start(clips)
+    for letter in text:
+        stepwise = scorer.advance(clips, stepwise, [0, 1], [bytes([letter])] * 2)
+    for clip, log_probs in enumerate((short, long)):
+        found = all_spellings(log_probs)
+        begins = torch.tensor([score for spelt, score in found.items() if spelt.startswith(text)])
+        expected = (begins.logsumexp(0), torch.tensor(found.get(text, -math.inf)))
+        for prefixes in (begun, stepwise):
+            assert float(prefixes.score[clip]) == pytest.approx(float(expected[0]), abs=1e-5)
+            assert float(scorer.ending(prefixes)[clip]) == pytest.approx(float(expected[1]), abs=1e-5)
+
+
+def test_what_parts_words_is_one_space_between_them():
+    log_probs = few_letters(6, 2)
+    scorer = CTCPrefixScorer(log_probs[None], torch.tensor([6]))
+    clip = torch.tensor([0])
+
+    def score(*texts):
+        prefixes = scorer.start(clip)
+        for text in texts:
+            prefixes = scorer.advance(clip, prefixes, [0], [text])
+        return float(prefixes.score), float(scorer.ending(prefixes))
+
+    assert score(b" a", b" ", b" b", b" ") == pytest.approx(score(b"a b "))
+    assert score(b" ") == score()
+    # A text that ends so far may go on with another word, or be all
+    found = all_spellings(log_probs)
+    either = torch.tensor([value for spelt, value in found.items() if spelt == b"ab" or spelt.startswith(b"ab ")])
+    for texts in ([b"ab "], [b"ab", b" "], [b"ab ", b" "]):
+        assert score(*texts) == pytest.approx((float(either.logsumexp(0)), found[b"ab"]), abs=1e-5)
+
+
+def test_the_ending_is_the_ctc_loss(spelling, speech_clips):
+    model, processor = spelling
+    clips = speech_clips[:3]
+    batch = batch_of(processor, clips)
+    features, mask = batch["input_features"], batch["attention_mask"]
+    ids, prompt_mask = model._build_prompt(features, mask)
+    with torch.no_grad():
+        scorer = model._ctc_scorer(ids, prompt_mask, features, mask)
+        each = torch.arange(3)
+        spelt = [bytes(ctc_bytes(clip["text"])) for clip in clips]
+        ending = scorer.ending(scorer.advance(each, scorer.start(each), [0, 1, 2], spelt))
+        for row, clip in enumerate(clips):
+            loss = model(**batch_of(processor, [clip])).ctc_loss * len(spelt[row])
+            assert float(-ending[row]) == pytest.approx(float(loss), rel=1e-3)
+
+
+def test_tokens_spell_what_their_text_does(tokenizer, spelling):
+    """The letters of a transcript are those of its tokens, for every tokenizer that marks spaces in its own way."""
+    model, _ = spelling
+    text = " It's 5 o'clock,  HERE -- übermäßige Größen!".replace("ß", "ss")  # a split ß stays one
+    letters = model.ctc_head.letters
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    spelt = b"".join(letters[token].numpy().tobytes().rstrip(b"\0") for token in ids)
+    assert b" ".join(spelt.split()) == bytes(ctc_bytes(text))
+    assert not letters[tokenizer.all_special_ids].any()
+    assert letters.shape == (model.config.vocab_size, 32)
+    assert token_letters(tokenizer, 4, 2).shape == (4, 2)
+
+
+def certain_head(model, processor, clips, texts):
+    """Makes the head spell the texts, whatever the states are: it gets the scores of each batch from here."""
+
+    def log_probs(states, places):
+        counts = places.sum(-1) * model.ctc_head.rate
+        scores = torch.full((len(places), int(counts.max()), 256), -30.0)
+        for row, text in enumerate(texts[: len(places)]):
+            letters = ctc_bytes(text)
+            assert 2 * len(letters) <= counts[row]
+            scores[row, :, 0] = 0.0
+            for place, letter in enumerate(letters):
+                scores[row, 2 * place, [0, letter]] = torch.tensor([-30.0, 0.0])
+        return scores.log_softmax(-1), counts
+
+    model.ctc_head.log_probs = log_probs
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_an_untrained_language_model_writes_what_the_head_spells(spelling, speech_clips, monkeypatch, num_beams):
+    model, processor = spelling
+    monkeypatch.setattr("mel_llm.ctc_decoding_mel_llm._NUM_CANDIDATES", model.config.vocab_size)
+    texts = ["one two", "three"]
+    certain_head(model, processor, speech_clips, texts)
+    inputs = processor([clip["array"] for clip in speech_clips[:2]], return_tensors="pt")
+    # Of commas and the like the head thinks nothing, and this language model knows nothing of them
+    silent = torch.where(model.ctc_head.letters.amax(-1) <= ord(" "))[0].tolist()
+    unwritten = [token for token in silent if token != model.config.response_eos_token_id]
+    options = {"num_beams": num_beams, "max_new_tokens": 24, "ctc_decoding_weight": 0.95, "suppress_tokens": unwritten}
+    written = model.generate(**inputs, **options)
+    assert [
+        bytes(ctc_bytes(text)).decode() for text in processor.batch_decode(written, skip_special_tokens=True)
+    ] == texts
+    # The checkpoint may say so, and the call has the last word
+    model.config.audio_config.ctc_decoding_weight = options.pop("ctc_decoding_weight")
+    assert torch.equal(model.generate(**inputs, **options), written)
+    assert not torch.equal(model.generate(**inputs, **options, ctc_decoding_weight=0.0), written)
+
+
+def test_what_spells_nothing_is_not_written_for_ever(spelling, speech_clips, monkeypatch):
+    """A head that hears other words than the language model knows leaves it commas, which cost nothing."""
+    model, processor = spelling
+    monkeypatch.setattr("mel_llm.ctc_decoding_mel_llm._NUM_CANDIDATES", model.config.vocab_size)
+    certain_head(model, processor, speech_clips, ["one"])
+    inputs = processor([speech_clips[0]["array"]])
+    written = model.generate(**inputs, max_new_tokens=24, ctc_decoding_weight=0.95)[0].tolist()
+    assert bytes(ctc_bytes(processor.decode(written, skip_special_tokens=True))) == b"one"
+    spells = model.ctc_head.letters[written].amax(-1) > ord(" ")
+    runs = [len(list(run)) for has_letter, run in itertools.groupby(spells.tolist()) if not has_letter]
+    assert max(runs, default=0) <= 3  # two, and the end of text behind
+
+
+def test_a_clip_is_written_the_same_beside_others(spelling, speech_clips):
+    model, processor = spelling
+    clips = [clip["array"] for clip in speech_clips[:3]]
+    options = {"num_beams": 2, "max_new_tokens": 12, "ctc_decoding_weight": 0.3, "length_penalty": 0.0}
+    together = model.generate(**processor(clips), **options)
+    for row, clip in enumerate(clips):
+        alone = model.generate(**processor([clip]), **options)[0]
+        text = processor.decode(together[row], skip_special_tokens=True)
+        assert processor.decode(alone, skip_special_tokens=True) == text
+    silent = model.generate(**processor([0 * clips[0], clips[1]]), **options)
+    assert processor.batch_decode(silent, skip_special_tokens=True)[0] == ""
+    assert (
+        processor.batch_decode(silent, skip_special_tokens=True)[1]
+        == processor.batch_decode(together, skip_special_tokens=True)[1]
+    )
+
+
+def test_steps_that_nothing_is_known_of_are_scored_from_the_start(spelling, speech_clips, monkeypatch):
+    """Assisted decoding asks about texts that no step before has weighed."""
+    model, processor = spelling
+    inputs = processor([speech_clips[0]["array"]])
+    options = {"max_new_tokens": 10, "ctc_decoding_weight": 0.4}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), expected)
+    monkeypatch.setattr("mel_llm.ctc_decoding_mel_llm.CTCLogitsProcessor._find", _from_the_start)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def _from_the_start(self, clips, texts):
+    spelt = [b"".join(self._letters_of(text)) for text in texts]
+    return self.scorer.advance(clips, self.scorer.start(clips), list(range(len(texts))), spelt)
+
+
+def test_transcripts_of_any_length_take_it(spelling, speech_clips):
+    model, processor = spelling
+    audio = speech_clips[0]["array"]
+    plain = model.transcribe(audio, processor, max_new_tokens=8).text
+    weighed = model.transcribe(audio, processor, max_new_tokens=8, ctc_decoding_weight=0.9).text
+    assert plain != weighed
+
+
+def test_letters_go_with_the_checkpoint(spelling, speech_clips, tmp_path):
+    model, processor = spelling
+    model.config.audio_config.ctc_decoding_weight = 0.25
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    assert torch.equal(again.ctc_head.letters, model.ctc_head.letters) and again.ctc_head.letters.any()
+    assert again.config.audio_config.ctc_decoding_weight == 0.25
+    inputs = processor([speech_clips[0]["array"]])
+    assert torch.equal(again.generate(**inputs, max_new_tokens=6), model.generate(**inputs, max_new_tokens=6))
+    size = model.config.vocab_size
+    again.resize_token_embeddings(size + 3)
+    assert again.ctc_head.letters.shape == (size + 3, 32) and not again.ctc_head.letters[size:].any()
+    again.generate(**inputs, max_new_tokens=2)
+    again.save_pretrained(tmp_path / "larger")
+    larger = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "larger")
+    assert torch.equal(larger.ctc_head.letters, again.ctc_head.letters)
+    again.resize_token_embeddings(size)
+    assert torch.equal(again.ctc_head.letters, model.ctc_head.letters)
+
+
+def test_what_cannot_be_decoded_so_is_said(tokenizer, spelling, speech_clips):
+    model, processor = spelling
+    inputs = processor([speech_clips[0]["array"]])
+    for weight in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            model.generate(**inputs, ctc_decoding_weight=weight)
+    chat = processor.apply_transcription_request(speech_clips[0]["array"])
+    with pytest.raises(ValueError, match="without `input_ids`"):
+        model.generate(**chat, ctc_decoding_weight=0.3)
+    with pytest.raises(ValueError, match=r"\(\d+, 32\), got \(2, 32\)"):
+        model.ctc_head.set_letters(torch.zeros(2, 32))
+    model.ctc_head.letters.zero_()
+    with pytest.raises(ValueError, match="token_letters"):
+        model.generate(**inputs, ctc_decoding_weight=0.3)
+    model.ctc_head.set_letters(token_letters(processor.tokenizer, *model.ctc_head.letters.shape))
+    model.generate(**inputs, ctc_decoding_weight=0.3, max_new_tokens=1)
+    with pytest.raises(ValueError, match="ctc_weight is 0"):
+        build_tiny(tokenizer, audio_config={"ctc_decoding_weight": 0.3})
+    plain, processor = build_tiny(tokenizer)
+    with pytest.raises(ValueError, match="CTC head"):
+        plain.generate(**inputs, ctc_decoding_weight=0.3)
