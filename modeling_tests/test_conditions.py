@@ -112,7 +112,15 @@ def test_how_much_is_masked_is_for_the_command_line(script, folder, tmp_path, ca
         (["--spec_augment_config", fields], "needs --spec_augment"),
         (["--spec_augment", "--spec_augment_config", '{"share": 1}'], "no field share"),
         (["--spec_augment", "--spec_augment_config", '{"max_time_share": 2}'], "max_time_share"),
-        (["--spec_augment", "--spec_augment_config", "[1]"], "must be a JSON object"),
+        (
+            ["--spec_augment", "--spec_augment_config", '{"max_time_share": null}'],
+            "--spec_augment_config: `max_time_share`",
+        ),
+        (
+            ["--spec_augment", "--spec_augment_config", '{"max_freq_bins": true}'],
+            "--spec_augment_config: `max_freq_bins`",
+        ),
+        (["--spec_augment", "--spec_augment_config", "[1]"], "error: --spec_augment_config must be a JSON object"),
     ):
         with pytest.raises(SystemExit):
             masks(*given)

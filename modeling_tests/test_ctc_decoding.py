@@ -1,16 +1,21 @@
 """Decoding with the CTC head beside the language model: prefix scores against all alignments, and what `generate` writes."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 from conftest import build_tiny
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_ctc import batch_of
-from transformers import AutoModelForSpeechSeq2Seq
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForSpeechSeq2Seq, PreTrainedTokenizerFast
 
-from mel_llm.ctc_decoding_mel_llm import CTCPrefixScorer
-from mel_llm.spelling import ctc_bytes, token_letters
+from mel_llm.ctc_decoding_mel_llm import CTCLogitsProcessor, CTCPrefixScorer, plain_letters
+from mel_llm.spelling import ctc_bytes, token_bytes
+from mel_llm.training import lora_config
 
 
 A, B, SPACE = ord("a"), ord("b"), ord(" ")
@@ -96,17 +101,69 @@ def test_the_ending_is_the_ctc_loss(spelling, speech_clips):
             assert float(-ending[row]) == pytest.approx(float(loss), rel=1e-3)
 
 
-def test_tokens_spell_what_their_text_does(tokenizer, spelling):
-    """The letters of a transcript are those of its tokens, for every tokenizer that marks spaces in its own way."""
-    model, _ = spelling
-    text = " It's 5 o'clock,  HERE -- übermäßige Größen!".replace("ß", "ss")  # a split ß stays one
-    letters = model.ctc_head.letters
+def spelt_by(table: torch.Tensor, ids: list[int]) -> str:
+    """What the scorer is to spell of tokens, one after the other: all that it has is their bytes."""
+    scorer = CTCPrefixScorer(torch.zeros(1, 4, 256), torch.tensor([4]))
+    clip, letters, spell = torch.tensor([0]), [], scorer._spell
+
+    def spelling(clips, prefixes, letter):
+        letters.append(int(letter))
+        return spell(clips, prefixes, letter)
+
+    scorer._spell = spelling
+    scorer._open_score = lambda clips, prefixes: prefixes.score  # tries what may come
+    prefixes = scorer.start(clip)
+    for token in ids:
+        prefixes = scorer.advance(clip, prefixes, [0], [table[token].numpy().tobytes().rstrip(b"\0")])
+    return bytes(letters).decode()
+
+
+@pytest.mark.parametrize(
+    "text", ["It\u2019s 5 o'clock,  HERE -- \u201cquoted\u201d\u2026", "Übermäßig GROẞE CAFÉS", "Привет, Мир! 東京"]
+)
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "fallback"])
+def test_tokens_spell_what_their_text_does(tokenizer, text, kind):
+    """Whatever the pieces: characters that are split into bytes, too."""
+    if kind != "bytes":
+        tokenizer = sentencepiece_like(text if kind == "metaspace" else "abc")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    spelt = b"".join(letters[token].numpy().tobytes().rstrip(b"\0") for token in ids)
-    assert b" ".join(spelt.split()) == bytes(ctc_bytes(text))
-    assert not letters[tokenizer.all_special_ids].any()
-    assert letters.shape == (model.config.vocab_size, 32)
-    assert token_letters(tokenizer, 4, 2).shape == (4, 2)
+    table = token_bytes(tokenizer, len(tokenizer) + 2, 32)
+    assert spelt_by(table, ids) == bytes(ctc_bytes(text)).decode()
+    assert not table[tokenizer.all_special_ids].any() and not table[len(tokenizer) :].any()
+
+
+def sentencepiece_like(text: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that marks spaces by `▁` and has the letters of a text, and bytes for the others."""
+    letters = sorted({"▁", *text.replace(" ", "▁")})
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    backend = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def test_words_that_continue_others_are_known_as_such():
+    vocabulary = {token: i for i, token in enumerate(["[UNK]", "##s", "the", "dog"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    table = token_bytes(tokenizer, 4, 32)
+    assert spelt_by(table, tokenizer("the dogs the dog")["input_ids"]) == "the dogs the dog"
+
+
+def test_texts_too_long_are_cut_between_characters(tokenizer, caplog):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["aaaäää"])
+    table = token_bytes(tokenizer, len(tokenizer), 6)
+    assert bytes(table[-1].tolist()).rstrip(b"\0").decode() == "aaaä"
+    assert "longer than 6 bytes" in caplog.text
+
+
+def spells_nothing(model) -> torch.Tensor:
+    texts = [row.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for row in model.token_bytes.table]
+    return torch.tensor([not plain_letters(text).strip() for text in texts])
 
 
 def certain_head(model, processor, clips, texts):
@@ -134,7 +191,7 @@ def test_an_untrained_language_model_writes_what_the_head_spells(spelling, speec
     certain_head(model, processor, speech_clips, texts)
     inputs = processor([clip["array"] for clip in speech_clips[:2]], return_tensors="pt")
     # Of commas and the like the head thinks nothing, and this language model knows nothing of them
-    silent = torch.where(model.ctc_head.letters.amax(-1) <= ord(" "))[0].tolist()
+    silent = torch.where(spells_nothing(model))[0].tolist()
     unwritten = [token for token in silent if token != model.config.response_eos_token_id]
     options = {"num_beams": num_beams, "max_new_tokens": 24, "ctc_decoding_weight": 0.95, "suppress_tokens": unwritten}
     written = model.generate(**inputs, **options)
@@ -155,9 +212,8 @@ def test_what_spells_nothing_is_not_written_for_ever(spelling, speech_clips, mon
     inputs = processor([speech_clips[0]["array"]])
     written = model.generate(**inputs, max_new_tokens=24, ctc_decoding_weight=0.95)[0].tolist()
     assert bytes(ctc_bytes(processor.decode(written, skip_special_tokens=True))) == b"one"
-    spells = model.ctc_head.letters[written].amax(-1) > ord(" ")
-    runs = [len(list(run)) for has_letter, run in itertools.groupby(spells.tolist()) if not has_letter]
-    assert max(runs, default=0) <= 3  # two, and the end of text behind
+    runs = [len(list(run)) for silent, run in itertools.groupby(spells_nothing(model)[written].tolist()) if silent]
+    assert max(runs, default=0) < 8  # three that part words, parts of characters, the end of text
 
 
 def test_a_clip_is_written_the_same_beside_others(spelling, speech_clips):
@@ -177,6 +233,9 @@ def test_a_clip_is_written_the_same_beside_others(spelling, speech_clips):
     )
 
 
+FIND = CTCLogitsProcessor._find
+
+
 def test_steps_that_nothing_is_known_of_are_scored_from_the_start(spelling, speech_clips, monkeypatch):
     """Assisted decoding asks about texts that no step before has weighed."""
     model, processor = spelling
@@ -189,8 +248,8 @@ def test_steps_that_nothing_is_known_of_are_scored_from_the_start(spelling, spee
 
 
 def _from_the_start(self, clips, texts):
-    spelt = [b"".join(self._letters_of(text)) for text in texts]
-    return self.scorer.advance(clips, self.scorer.start(clips), list(range(len(texts))), spelt)
+    self.known = {}
+    return FIND(self, clips, texts)
 
 
 def test_transcripts_of_any_length_take_it(spelling, speech_clips):
@@ -201,41 +260,90 @@ def test_transcripts_of_any_length_take_it(spelling, speech_clips):
     assert plain != weighed
 
 
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"do_sample": True}])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_a_text_that_does_not_fit_into_its_clip(spelling, speech_clips, more, weight):
+    """More letters are asked for than there are places for them: no worse than without the head, alone and beside others."""
+    model, processor = spelling
+    clip = speech_clips[0]["array"]
+    for clips in ([clip[:400]], [clip[:400], clip[:8000]]):
+        torch.manual_seed(0)
+        options = {"min_new_tokens": 40, "max_new_tokens": 40, "ctc_decoding_weight": weight, **more}
+        output = model.generate(**processor(clips), **options, output_scores=True, return_dict_in_generate=True)
+        assert output.sequences.shape == (len(clips), 40)
+        assert not any(scores.isnan().any() for scores in output.scores)
+
+
+def test_a_text_without_a_place_can_only_end():
+    """The same alone and beside a longer clip."""
+    log_probs = few_letters(2, 0)
+    batch = torch.zeros(2, 9, 256, dtype=torch.float64)
+    batch[0, :2] = log_probs
+    for scorer in (CTCPrefixScorer(log_probs[None], torch.tensor([2])), CTCPrefixScorer(batch, torch.tensor([2, 9]))):
+        table = torch.tensor([list(b"a"), list(b"b"), [0]], dtype=torch.uint8)
+        weigh = CTCLogitsProcessor(scorer, table, 1.0, 0, [2], torch.tensor([2]))
+        num_clips = len(scorer.log_probs)
+        for text, expected in (
+            ([0], None),
+            ([0, 1], [-1e3, -1e3]),
+            ([0, 1, 0], [-1e3, -1e3]),
+            ([0, 1, 0, 1], [-1e3, -1e3]),
+        ):
+            scores = weigh(torch.tensor([text] * num_clips), torch.zeros(num_clips, 3))[0]
+            assert scores.isfinite().all()
+            if expected is not None:
+                assert scores[:2].tolist() == expected and scores[2] > -1
+
+
 def test_letters_go_with_the_checkpoint(spelling, speech_clips, tmp_path):
     model, processor = spelling
     model.config.audio_config.ctc_decoding_weight = 0.25
     model.save_pretrained(tmp_path)
     again = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
-    assert torch.equal(again.ctc_head.letters, model.ctc_head.letters) and again.ctc_head.letters.any()
+    assert torch.equal(again.token_bytes.table, model.token_bytes.table) and again.token_bytes.table.any()
     assert again.config.audio_config.ctc_decoding_weight == 0.25
     inputs = processor([speech_clips[0]["array"]])
     assert torch.equal(again.generate(**inputs, max_new_tokens=6), model.generate(**inputs, max_new_tokens=6))
     size = model.config.vocab_size
     again.resize_token_embeddings(size + 3)
-    assert again.ctc_head.letters.shape == (size + 3, 32) and not again.ctc_head.letters[size:].any()
+    assert again.token_bytes.table.shape == (size + 3, 32) and not again.token_bytes.table[size:].any()
     again.generate(**inputs, max_new_tokens=2)
     again.save_pretrained(tmp_path / "larger")
     larger = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "larger")
-    assert torch.equal(larger.ctc_head.letters, again.ctc_head.letters)
+    assert torch.equal(larger.token_bytes.table, again.token_bytes.table)
     again.resize_token_embeddings(size)
-    assert torch.equal(again.ctc_head.letters, model.ctc_head.letters)
+    assert torch.equal(again.token_bytes.table, model.token_bytes.table)
+
+
+def test_adapters_need_no_texts_of_tokens(tokenizer, speech_clips, tmp_path):
+    """Their base has them: what adapters saved before there were any still loads."""
+    model, _ = build_tiny(tokenizer, audio_config={"ctc_weight": 0.5})
+    model.save_pretrained(tmp_path / "base")
+    get_peft_model(model, lora_config(model, "small")).save_pretrained(tmp_path / "adapter")
+    assert not any("token_bytes" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    base.pop("token_bytes.table")
+    save_file(base, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    base = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "base")
+    assert not base.token_bytes.table.any()
+    PeftModel.from_pretrained(base, tmp_path / "adapter")
 
 
 def test_what_cannot_be_decoded_so_is_said(tokenizer, spelling, speech_clips):
     model, processor = spelling
     inputs = processor([speech_clips[0]["array"]])
-    for weight in (-0.1, 1.5):
+    for weight in (-0.1, 1.5, "0.3", float("nan")):
         with pytest.raises(ValueError, match="from 0 to 1"):
             model.generate(**inputs, ctc_decoding_weight=weight)
     chat = processor.apply_transcription_request(speech_clips[0]["array"])
     with pytest.raises(ValueError, match="without `input_ids`"):
         model.generate(**chat, ctc_decoding_weight=0.3)
     with pytest.raises(ValueError, match=r"\(\d+, 32\), got \(2, 32\)"):
-        model.ctc_head.set_letters(torch.zeros(2, 32))
-    model.ctc_head.letters.zero_()
-    with pytest.raises(ValueError, match="token_letters"):
+        model.token_bytes.set(torch.zeros(2, 32))
+    model.token_bytes.table.zero_()
+    with pytest.raises(ValueError, match="token_bytes"):
         model.generate(**inputs, ctc_decoding_weight=0.3)
-    model.ctc_head.set_letters(token_letters(processor.tokenizer, *model.ctc_head.letters.shape))
+    model.token_bytes.set(token_bytes(processor.tokenizer, *model.token_bytes.table.shape))
     model.generate(**inputs, ctc_decoding_weight=0.3, max_new_tokens=1)
     with pytest.raises(ValueError, match="ctc_weight is 0"):
         build_tiny(tokenizer, audio_config={"ctc_decoding_weight": 0.3})

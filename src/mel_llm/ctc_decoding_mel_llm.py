@@ -6,9 +6,12 @@ token is that of its letters, one after the other. A language model that learnt 
 read; the head cannot, and knows how much of the audio is spelt.
 """
 
+import codecs
+import functools
 import math
+import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor
@@ -18,9 +21,28 @@ from transformers import LogitsProcessor
 _NUM_CANDIDATES = 40
 # What a token that the head rules out gets, in nats: a finite number leaves something to choose where all are ruled out
 _RULED_OUT = -1e3
-# Tokens without a letter that may follow each other, as in `."` and ` "`: the head has nothing against more of them
-_MAX_PARTED = 2
+# The least that a letter is worth at a place, and what a beginning is worth at most that some letter of has no place
+_NO_CHANCE = -1e4
+_IMPOSSIBLE = _NO_CHANCE / 2
+# Tokens without a letter that may follow each other, as `.`, a space and `"`: the head has nothing against more of them
+_MAX_PARTED = 3
 _SPACE = ord(" ")
+
+
+def plain_letters(text: str) -> str:
+    """What is spelt of a text: letters, digits and apostrophes, in lower case; a space for each other character."""
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    return "".join(
+        letter if letter.isalnum() or letter == "'" or unicodedata.combining(letter) else " " for letter in text
+    )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _letters_of(data: bytes) -> tuple[bytes, bytes]:
+    """The letters of a piece of UTF-8, and the bytes at its end that are only a part of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = decoder.decode(data)
+    return plain_letters(text).encode(), decoder.getstate()[0]
 
 
 @dataclass
@@ -32,20 +54,23 @@ class _Prefixes:
     score: torch.Tensor  # (N,), log: that what is said begins with these letters
     last: torch.Tensor  # (N,), the last letter; 0 when there is none
     parted: list[int]  # tokens without letters since the last one: with any, a space comes before the next letter
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "parted"}
+    rest: list[bytes]  # the bytes of a character that is not whole yet
 
     def take(self, index: Iterable[int]) -> "_Prefixes":
-        index = list(index)
-        rows = torch.tensor(index, device=self.score.device)
-        taken = {name: tensor[rows] for name, tensor in self.tensors().items()}
-        return _Prefixes(**taken, parted=[self.parted[i] for i in index])
+        return _Prefixes.pick([self], index)
 
     @staticmethod
-    def join(parts: list["_Prefixes"]) -> "_Prefixes":
-        tensors = {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
-        return _Prefixes(**tensors, parted=[count for part in parts for count in part.parted])
+    def pick(parts: list["_Prefixes"], index: Iterable[int]) -> "_Prefixes":
+        """Some of several, which are counted one after the other."""
+        index = list(index)
+        rows = torch.tensor(index, device=parts[0].score.device)
+        tensors = {
+            name: torch.cat([getattr(part, name) for part in parts])[rows]
+            for name in ("spelling", "resting", "score", "last")
+        }
+        parted = [count for part in parts for count in part.parted]
+        rest = [data for part in parts for data in part.rest]
+        return _Prefixes(**tensors, parted=[parted[i] for i in index], rest=[rest[i] for i in index])
 
 
 class CTCPrefixScorer:
@@ -57,10 +82,13 @@ class CTCPrefixScorer:
     """
 
     def __init__(self, log_probs: torch.Tensor, num_places: torch.Tensor):
+        if log_probs.device.type == "mps":  # which has no float64
+            log_probs = log_probs.cpu()
         # Sums over hundreds of places, whose differences matter
-        log_probs = log_probs.double().clamp(min=-1e4)
+        log_probs = log_probs.double().clamp(min=_NO_CHANCE)
+        num_places = num_places.to(log_probs.device)
         behind = torch.arange(log_probs.shape[1], device=log_probs.device) >= num_places[:, None]
-        log_probs = log_probs.masked_fill(behind[..., None], _RULED_OUT)
+        log_probs = log_probs.masked_fill(behind[..., None], _NO_CHANCE)
         log_probs[..., 0].masked_fill_(behind, 0.0)  # blanks alone behind the end of a clip
         self.log_probs = log_probs
         # sums[:, t] is that of the first t places
@@ -75,6 +103,7 @@ class CTCPrefixScorer:
             score=torch.zeros_like(resting[:, 0]),
             last=torch.zeros_like(clips),
             parted=[0] * len(clips),
+            rest=[b""] * len(clips),
         )
 
     def _spell(self, clips: torch.Tensor, prefixes: _Prefixes, letters: torch.Tensor) -> _Prefixes:
@@ -94,27 +123,35 @@ class CTCPrefixScorer:
             score=(before[:, :-1] + self.log_probs[clips, :, letters]).logsumexp(1),
             last=letters,
             parted=[0] * len(clips),
+            rest=[b""] * len(clips),
         )
 
     def advance(self, clips: torch.Tensor, prefixes: _Prefixes, parents: list[int], texts: list[bytes]) -> _Prefixes:
-        """Beginnings with more letters, a space in them standing for anything that parts words.
+        """Beginnings that go on.
 
         Args:
             clips (`torch.Tensor` of shape `(N,)`), prefixes: The beginnings, and what clips they are of.
-            parents (`list[int]`), texts (`list[bytes]`): Which of them each text, `(M,)` of them, goes on with.
+            parents (`list[int]`), texts (`list[bytes]`): Which of them each text, `(M,)` of them in UTF-8, goes on with. It
+                may end, and so the next one begin, inside a character.
         """
         last, parted = prefixes.last.tolist(), [prefixes.parted[parent] for parent in parents]
-        spelt = []
+        spelt, rest = [], []
         for row, (parent, text) in enumerate(zip(parents, texts, strict=True)):
-            letters = bytearray()
-            for letter in text:
+            plain, incomplete = _letters_of(prefixes.rest[parent] + text)
+            rest.append(incomplete)
+            letters, is_parted = bytearray(), parted[row] > 0
+            for letter in plain:
                 if letter == _SPACE:
-                    parted[row] += 1
+                    is_parted = True
                     continue
-                if parted[row] and (last[parent] or letters):
+                if is_parted and (last[parent] or letters):
                     letters.append(_SPACE)
-                parted[row] = 0
+                is_parted = False
                 letters.append(letter)
+            if letters:
+                parted[row] = int(is_parted)
+            elif plain:
+                parted[row] += 1
             spelt.append((parent, bytes(letters)))
         # Letter by letter, and what several texts begin with once
         place = {(parent, b""): parent for parent in range(len(clips))}
@@ -127,17 +164,27 @@ class CTCPrefixScorer:
             clips_of_level = clips_of_level[before]
             letters = torch.tensor([letters[-1] for _, letters in wanted], device=clips.device)
             levels.append(self._spell(clips_of_level, levels[-1].take(before), letters))
-        result = _Prefixes.join(levels).take(place[key] for key in spelt)
-        result.parted = parted
-        # Behind what parts words there is a space and another word, or nothing more
-        open_ended = [row for row, letter in enumerate(result.last.tolist()) if parted[row] and letter]
+        result = _Prefixes.pick(levels, (place[key] for key in spelt))
+        result.parted, result.rest = parted, rest
+        open_ended = [row for row in range(len(texts)) if parted[row] or rest[row]]
         if open_ended:
-            before = result.take(open_ended)
-            spaced = self._spell(
-                clips[[parents[row] for row in open_ended]], before, torch.full_like(before.last, _SPACE)
-            )
-            result.score[open_ended] = torch.logaddexp(spaced.score, self.ending(before))
+            of_clips = clips[[parents[row] for row in open_ended]]
+            result.score[open_ended] = self._open_score(of_clips, result.take(open_ended))
         return result
+
+    def _open_score(self, clips: torch.Tensor, prefixes: _Prefixes) -> torch.Tensor:
+        """What the score becomes, `(N,)`, behind something that parts words or is a part of a character."""
+        # Either a space and another word, or nothing more; at the beginning it says nothing
+        spaced = self._spell(clips, prefixes, torch.full_like(prefixes.last, _SPACE))
+        started = prefixes.last != 0
+        score = torch.where(started, torch.logaddexp(spaced.score, self.ending(prefixes)), prefixes.score)
+        for row, rest in enumerate(prefixes.rest):
+            if rest:  # or a letter of several bytes, as which the head spells them
+                clip, prefix = clips[row : row + 1], prefixes.take([row])
+                for letter in (b" " if prefixes.parted[row] and started[row] else b"") + rest:
+                    prefix = self._spell(clip, prefix, torch.tensor([letter], device=clips.device))
+                score[row] = torch.logaddexp(score[row], prefix.score[0])
+        return score
 
     @staticmethod
     def ending(prefixes: _Prefixes) -> torch.Tensor:
@@ -152,7 +199,7 @@ class CTCLogitsProcessor(LogitsProcessor):
 
     Args:
         scorer ([`CTCPrefixScorer`]): Of the clips.
-        letters (`torch.Tensor` of shape `(vocab_size, width)`, uint8): Of each token, with 0 behind them.
+        token_bytes (`torch.Tensor` of shape `(vocab_size, width)`, uint8): The text of each token, with 0 behind it.
         weight (`float`): From 0, the language model alone, to 1, the head alone.
         prompt_length (`int`): Tokens before the transcripts.
         eos_token_ids (`list[int]`): Each of them ends a transcript.
@@ -162,14 +209,14 @@ class CTCLogitsProcessor(LogitsProcessor):
     def __init__(
         self,
         scorer: CTCPrefixScorer,
-        letters: torch.Tensor,
+        token_bytes: torch.Tensor,
         weight: float,
         prompt_length: int,
         eos_token_ids: list[int],
         end_ids: torch.Tensor,
     ):
         self.scorer = scorer
-        self.letters = letters.cpu().numpy()
+        self.token_bytes = token_bytes.cpu().numpy()
         self.weight = weight
         self.prompt_length = prompt_length
         self.eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=end_ids.device)
@@ -178,16 +225,18 @@ class CTCLogitsProcessor(LogitsProcessor):
         self.known: dict[tuple[int, tuple[int, ...]], int] = {}
         self.prefixes: _Prefixes | None = None
 
-    def _letters_of(self, tokens: list[int]) -> list[bytes]:
-        return [self.letters[token].tobytes().rstrip(b"\0") for token in tokens]
+    def _texts_of(self, tokens: Iterable[int]) -> list[bytes]:
+        return [self.token_bytes[token].tobytes().rstrip(b"\0") for token in tokens]
 
     def _find(self, clips: torch.Tensor, texts: list[tuple[int, ...]]) -> _Prefixes:
         """The prefixes of transcripts that the last step weighed; of others, from their first token on."""
         places = [self.known.get(key) for key in zip(clips.tolist(), texts, strict=True)]
         if self.prefixes is not None and None not in places:
             return self.prefixes.take(places)
-        spelt = [b"".join(self._letters_of(text)) for text in texts]
-        return self.scorer.advance(clips, self.scorer.start(clips), list(range(len(texts))), spelt)
+        prefixes, every = self.scorer.start(clips), list(range(len(texts)))
+        for tokens in zip(*texts, strict=True):
+            prefixes = self.scorer.advance(clips, prefixes, every, self._texts_of(tokens))
+        return prefixes
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         num_clips, num_rows = len(self.scorer.log_probs), len(input_ids)
@@ -210,16 +259,19 @@ class CTCLogitsProcessor(LogitsProcessor):
         num_candidates = candidates.shape[1]
         parents = [row for row in range(len(rows)) for _ in range(num_candidates)]
         tokens = candidates.flatten().tolist()
-        letters = self._letters_of(tokens)
-        longer = self.scorer.advance(clips, prefixes, parents, letters)
+        texts_of_tokens = self._texts_of(tokens)
+        longer = self.scorer.advance(clips, prefixes, parents, texts_of_tokens)
         spelt = longer.score - prefixes.score[parents]
-        # Special tokens spell nothing, not even a space
-        wrong = [not text or count > _MAX_PARTED for text, count in zip(letters, longer.parted, strict=True)]
-        spelt = spelt.masked_fill(torch.tensor(wrong, device=device), _RULED_OUT)
-        spelt = spelt.to(scores.device).view_as(candidates)
+        # Special tokens have no text at all, and are no part of what is said
+        wrong = [not text or count > _MAX_PARTED for text, count in zip(texts_of_tokens, longer.parted, strict=True)]
+        spelt = spelt.masked_fill(torch.tensor(wrong, device=device), _RULED_OUT).view(len(rows), -1)
+        ending = (self.scorer.ending(prefixes) - prefixes.score)[:, None]
+        # A text that does not fit into its clip can only end
+        full = (prefixes.score < _IMPOSSIBLE)[:, None]
+        spelt, ending = spelt.masked_fill(full, _RULED_OUT), ending.masked_fill(full, 0.0)
         ends = torch.isin(candidates, self.eos_token_ids)
-        ending = (self.scorer.ending(prefixes) - prefixes.score).to(scores.device)
-        spelt = torch.where(ends, ending[:, None], spelt).clamp(min=_RULED_OUT).to(log_probs.dtype)
+        spelt = torch.where(ends, ending.to(scores.device), spelt.to(scores.device))
+        spelt = spelt.clamp(min=_RULED_OUT).to(log_probs.dtype)
 
         self.prefixes = longer
         self.known = {

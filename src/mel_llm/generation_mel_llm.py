@@ -6,6 +6,7 @@ is transformers' own `generate`, so greedy search, beams, sampling, assisted dec
 
 import copy
 import math
+from numbers import Real
 
 import torch
 from transformers import (
@@ -189,8 +190,9 @@ class MelLLMGenerationMixin(GenerationMixin):
                 raise ValueError("`input_ids` has audio tokens but there are no `input_features`.")
             if kwargs.pop("ctc_decoding_weight", None):
                 raise ValueError(
-                    "`ctc_decoding_weight` is for transcripts: pass `input_features` without `input_ids`. What is written "
-                    "in a chat need not be what is said."
+                    "`ctc_decoding_weight` is for transcripts: pass `input_features` without `input_ids`, and to "
+                    "`transcribe` no `language` and no `prompt`, which make a chat of it. What is written in a chat need "
+                    "not be what is said."
                 )
             return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
 
@@ -221,8 +223,8 @@ class MelLLMGenerationMixin(GenerationMixin):
         end_ids = torch.tensor([self._pad_token_id(generation_config), *eos_ids], device=input_ids.device)
         if ctc_weight:
             scorer = self._ctc_scorer(input_ids, attention_mask, features, mask)
-            letters = self.ctc_head.letters
-            logits_processor.append(CTCLogitsProcessor(scorer, letters, ctc_weight, prompt_length, eos_ids, end_ids))
+            table = self.token_bytes.table
+            logits_processor.append(CTCLogitsProcessor(scorer, table, ctc_weight, prompt_length, eos_ids, end_ids))
         if not generation_config.min_new_tokens:  # who asks for a number of tokens, as benchmarks do, gets it
             loops = RepetitionLoopCriteria(prompt_length, end_ids)
             stopping_criteria.append(loops)
@@ -269,19 +271,19 @@ class MelLLMGenerationMixin(GenerationMixin):
         """
         # Not in the generation config, which drops what the library does not know
         weight = self.config.audio_config.ctc_decoding_weight if asked is None else asked
+        if not isinstance(weight, Real) or not 0 <= weight <= 1:
+            raise ValueError(f"`ctc_decoding_weight` must be from 0 to 1, got {weight!r}.")
         if not weight:
             return 0.0
-        if not 0 <= weight <= 1:
-            raise ValueError(f"`ctc_decoding_weight` must be from 0 to 1, got {weight!r}.")
         if self.ctc_head is None:
             raise ValueError(
                 "`ctc_decoding_weight` needs a model with a CTC head, which `audio_config.ctc_weight` above 0 gives a new model."
             )
-        if not self.ctc_head.letters.any():
+        if not self.token_bytes.table.any():
             raise ValueError(
-                "`ctc_decoding_weight`: this checkpoint was made before its CTC head knew what each token spells. Set it: "
-                "`model.ctc_head.set_letters(mel_llm.spelling.token_letters(processor.tokenizer, "
-                "*model.ctc_head.letters.shape))`."
+                "`ctc_decoding_weight`: this checkpoint was made before such models knew the texts of their tokens. Set them, "
+                "with the package mel_llm installed: `model.token_bytes.set(mel_llm.spelling.token_bytes("
+                "processor.tokenizer, *model.token_bytes.table.shape))`."
             )
         return float(weight)
 

@@ -33,8 +33,8 @@ logger = logging.get_logger(__name__)
 # every layer exceeds what the layer costs.
 _CPU_BLOCK_VALUES = 1 << 22
 
-# Bytes that a token may spell; the longest English words of large vocabularies have 20
-_TOKEN_LETTERS = 32
+# Bytes of text that are known of a token; the longest English words of large vocabularies have 20
+_TOKEN_BYTES = 32
 
 
 def _length_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
@@ -278,8 +278,8 @@ class MelLLMPreTrainedModel(SafetensorsOnlyMixin, MelLLMSharingMixin, PreTrained
         elif hasattr(module, "ext_pw_conv_1d") and hasattr(module, "b1"):  # the Conformer's gated convolution
             init.zeros_(module.b1)
             init.zeros_(module.b2)
-        elif isinstance(module, MelLLMCTCHead):
-            init.zeros_(module.letters)
+        elif isinstance(module, MelLLMTokenBytes):
+            init.zeros_(module.table)
         else:
             super()._init_weights(module)
 
@@ -334,28 +334,6 @@ class MelLLMCTCHead(nn.Module):
                 f"`ctc_layer` is {self.layer}, but the language model has {text_config.num_hidden_layers} layers."
             )
         self.proj = nn.Linear(text_config.hidden_size, 256 * self.rate)
-        # What each token of the language model spells, see `mel_llm.spelling.token_letters`: for decoding with this head
-        self.register_buffer("letters", torch.zeros(text_config.vocab_size, _TOKEN_LETTERS, dtype=torch.uint8))
-
-    @torch.no_grad()
-    def set_letters(self, letters: torch.Tensor) -> None:
-        """Sets what each token spells, `(vocab_size, 32)`: `token_letters(tokenizer, *head.letters.shape)` of
-        `mel_llm.spelling`.
-
-        Raises:
-            ValueError: The shape is another one.
-        """
-        if letters.shape != self.letters.shape:
-            raise ValueError(
-                f"`letters` must have the shape {tuple(self.letters.shape)}, got {tuple(letters.shape)}: a row for each "
-                "token of the language model."
-            )
-        self.letters.copy_(letters)
-
-    def resize(self, vocab_size: int) -> None:
-        """Follows the language model to another number of tokens; new ones spell nothing."""
-        new_rows = max(0, vocab_size - len(self.letters))
-        self.letters = nn.functional.pad(self.letters[:vocab_size], (0, 0, 0, new_rows))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., n, D)` states of audio tokens to scores `(..., n * ctc_rate, 256)`."""
@@ -364,6 +342,7 @@ class MelLLMCTCHead(nn.Module):
     def log_probs(self, hidden_states: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States `(B, L, D)` of rows whose audio tokens stand side by side at `places` `(B, L)`, to what is spelt at them,
         `(B, longest n * ctc_rate, 256)` in float32, and how many of these places each row has, `(B,)`."""
+        places = places.to(hidden_states.device)
         counts = places.sum(-1)
         index = places.int().argmax(-1)[:, None] + torch.arange(int(counts.max()), device=places.device)
         index = index.clamp(max=hidden_states.shape[1] - 1)[..., None].expand(-1, -1, hidden_states.shape[-1])
@@ -383,6 +362,38 @@ class MelLLMCTCHead(nn.Module):
             zero_infinity=True,
         )
         return losses / sizes.clamp(min=1)
+
+
+class MelLLMTokenBytes(nn.Module):
+    """The text of each token of the language model, which decoding with the CTC head compares with what that spells.
+
+    Beside the head and not in it: adapters hold the whole head, and need no copy of what their base has.
+    """
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(vocab_size, _TOKEN_BYTES, dtype=torch.uint8))
+
+    @torch.no_grad()
+    def set(self, table: torch.Tensor) -> None:
+        """Sets the texts, `(vocab_size, 32)`: `mel_llm.spelling.token_bytes(tokenizer, *model.token_bytes.table.shape)`. Needed
+        again when tokens were added.
+
+        Raises:
+            ValueError: The shape is another one.
+        """
+        if table.shape != self.table.shape:
+            raise ValueError(
+                f"`table` must have the shape {tuple(self.table.shape)}, got {tuple(table.shape)}: a row for each token of "
+                "the language model."
+            )
+        self.table.copy_(table)
+
+    def resize(self, vocab_size: int) -> None:
+        """Follows the language model to another number of tokens. New ones have no text, and are never written, until it is
+        set."""
+        new_rows = max(0, vocab_size - len(self.table))
+        self.table = nn.functional.pad(self.table[:vocab_size], (0, 0, 0, new_rows))
 
 
 @dataclass
@@ -663,16 +674,24 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
 
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012  (the name and type are transformers')
     # A checkpoint that speaks too is read without a word about the rest
-    _keys_to_ignore_on_load_unexpected = [r"^speech_head\.", r"^vocoder\.", r"^ctc_head\."]  # noqa: RUF012
-    # Heads of before they could be decoded with
-    _keys_to_ignore_on_load_missing = [r"^ctc_head\.letters$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^speech_head\.",
+        r"^vocoder\.",
+        r"^ctc_head\.",
+        r"^token_bytes\.",
+    ]
+    # Checkpoints of before heads could be decoded with
+    _keys_to_ignore_on_load_missing = [r"^token_bytes\."]  # noqa: RUF012
 
     def __init__(self, config: MelLLMConfig):
         super().__init__(config)
         self.model = MelLLMModel(config)
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
-        self.ctc_head = MelLLMCTCHead(config) if config.audio_config.ctc_weight > 0 else None
+        self.ctc_head = self.token_bytes = None
+        if config.audio_config.ctc_weight > 0:
+            self.ctc_head = MelLLMCTCHead(config)
+            self.token_bytes = MelLLMTokenBytes(text_config.vocab_size)
         # What the cross-entropy counts in training beside the CTC head's loss; see `SpeechTrainer.ctc_only_steps`
         self.text_loss_weight = 1.0
         # Share of the transcript's tokens that are hidden in training; see `SpeechTrainer.text_dropout`
@@ -702,8 +721,8 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        if self.ctc_head is not None:
-            self.ctc_head.resize(self.config.vocab_size)
+        if self.token_bytes is not None:
+            self.token_bytes.resize(self.config.vocab_size)
         return embeddings
 
     def set_output_embeddings(self, value: nn.Module) -> None:

@@ -15,11 +15,17 @@ from transformers import (
 
 from ..configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
 from ..feature_extraction_mel_llm import MelLLMFeatureExtractor
-from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMForSpeechSeq2Seq, MelLLMProjector
+from ..modeling_mel_llm import (
+    MelLLMAudioEmbedder,
+    MelLLMCTCHead,
+    MelLLMForSpeechSeq2Seq,
+    MelLLMProjector,
+    MelLLMTokenBytes,
+)
 from ..modeling_mel_llm_speech import MelLLMForTextToSpeech
 from ..processing_mel_llm import MelLLMProcessor
 from ..speech_heads_mel_llm import MelLLMSpeechHead
-from ..spelling import token_letters
+from ..spelling import token_bytes
 from ..vocoder_mel_llm import build_vocoder
 
 
@@ -199,7 +205,8 @@ def from_text_llm(
         if model.ctc_head is not None:
             model.ctc_head = MelLLMCTCHead(config)
             model._init_weights(model.ctc_head.proj)
-            model.ctc_head.set_letters(token_letters(tokenizer, *model.ctc_head.letters.shape))
+            model.token_bytes = MelLLMTokenBytes(config.vocab_size)
+            model.token_bytes.set(token_bytes(tokenizer, *model.token_bytes.table.shape))
         if config.speech_config is not None:
             model.speech_head = MelLLMSpeechHead(config)
             for module in model.speech_head.modules():

@@ -46,7 +46,7 @@ class MelLLMForVLLM(TransformersMultiModalForCausalLM, SupportsTranscription):
                 "to what precedes. Serve it with `python -m mel_llm serve`."
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.ignore_unexpected_prefixes += ["speech_head.", "vocoder."]  # of a checkpoint that speaks too
+        self.ignore_unexpected_prefixes += ["speech_head.", "vocoder.", "ctc_head.", "token_bytes."]
         if hasattr(self, "logits_processor"):  # scaled and capped in `compute_logits`, for every family that we know
             self.logits_processor.scale, self.logits_processor.soft_cap = 1.0, None
 

@@ -74,6 +74,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
                 )
     try:
         spec_augment(data_args)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
         prompt_cut(data_args)
         if not 0 <= data_args.skip_text_probability <= 1:
             raise ValueError("skip_text_probability must be a share from 0 to 1.")
@@ -147,10 +150,13 @@ def spec_augment(data_args: DataArguments) -> SpecAugment | None:
     given = json_fields("spec_augment_config", data_args.spec_augment_config)
     unknown = given.keys() - {field.name for field in fields(SpecAugment)}
     if unknown:
-        raise ValueError(f"spec_augment_config: SpecAugment has no field {', '.join(sorted(unknown))}.")
+        raise ValueError(f"--spec_augment_config: SpecAugment has no field {', '.join(sorted(unknown))}.")
     if given and not data_args.spec_augment:
-        raise ValueError("spec_augment_config needs --spec_augment.")
-    return SpecAugment(**given) if data_args.spec_augment else None
+        raise ValueError("--spec_augment_config needs --spec_augment.")
+    try:
+        return SpecAugment(**given) if data_args.spec_augment else None
+    except ValueError as error:
+        raise ValueError(f"--spec_augment_config: {error}") from None
 
 
 def random_parts(model_args: ModelArguments) -> set[str]:

@@ -24,7 +24,7 @@ from ..modeling_mel_llm import MelLLMAudioEmbedder, MelLLMCTCHead, MelLLMProject
 from ..modeling_mel_llm_continuation import MelLLMForSpeechContinuation
 from ..modeling_mel_llm_speech import MelLLMForTextToSpeech
 from ..sharing_mel_llm import WEIGHT_FILES, push_folder
-from ..spelling import token_letters
+from ..spelling import token_bytes
 from ..vocoder_mel_llm import MelLLMVocoder
 from .arguments import ModelArguments
 from .command_line import goes_on, json_fields, layers_of, random_parts
@@ -105,8 +105,8 @@ def load_or_build(model_args: ModelArguments, texts, tasks: list[str]):
                 raise ValueError(f"--audio_config and the instructions are for new models; {name} is one already.")
             processor = AutoProcessor.from_pretrained(name, **options)
             model = load_mel_llm(name, processor, model_args, tasks, loading)
-            if model.ctc_head is not None and not model.ctc_head.letters.any():  # made before heads knew them
-                model.ctc_head.set_letters(token_letters(processor.tokenizer, *model.ctc_head.letters.shape))
+            if model.token_bytes is not None:  # also of tokens that were added, and of checkpoints from before it
+                model.token_bytes.set(token_bytes(processor.tokenizer, *model.token_bytes.table.shape))
             randomise(model, random_parts(model_args))
             return model, processor, False
     else:
@@ -201,10 +201,8 @@ def randomise(model, parts: set[str]) -> None:
             projector = MelLLMProjector(config.audio_config, config.text_config.hidden_size)
             model.model.multi_modal_projector = projector.to(like)
             if model.ctc_head is not None:
-                letters = model.ctc_head.letters
                 model.ctc_head = MelLLMCTCHead(config).to(like)
                 model._init_weights(model.ctc_head.proj)
-                model.ctc_head.set_letters(letters)
         else:
             embedder.encoder = fresh.encoder
 
