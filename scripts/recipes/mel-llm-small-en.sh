@@ -4,7 +4,9 @@
 #
 #   scripts/recipes/mel-llm-small-en.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
-#   SPEECH   a folder with the corpora asterisk-en and synth-en: see docs/data.md
+#   SPEECH   a folder with the corpora asterisk-en and synth-en, and more-NAME, if there are any, with more speech: see
+#            docs/data.md. Natural voices help most: `scripts/prepare_data.py synthetic --texts FILE --engines kokoro piper
+#            --output_dir SPEECH/more-voices --hours 8 ...`
 #   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/ and 3-all/ (what training leaves) and model/ (what is
 #            published); with SPEAKING=1 also vocoder/, 4-speaking/ and speaking-model/
 #
@@ -60,7 +62,12 @@ pack() {
     [[ -f "$output/$folder/config.json" ]] || "$python" "$here/pack.py" "$output/$run" "$output/$folder" "$@"
 }
 
-heard=(--train_data "$speech/asterisk-en,weight=1" "$speech/synth-en,weight=6")
+# Little of what there is little of, which would be learnt by heart; and of the voices that there is most of, no more
+heard=(--train_data "$speech/asterisk-en,weight=0.6" "$speech/synth-en,weight=2.2,exclude=source:synth:[fp]*"
+    "$speech/synth-en,weight=2.7,exclude=source:synth:[ke]*")
+for folder in "$speech"/more-*/; do
+    [[ ! -d "$folder" ]] || heard+=("$folder,weight=1.5")
+done
 train 1-letters start "${heard[@]}" "$@"
 train 2-short 1-letters "${heard[@]}" "$@"
 train 3-all 2-short "${heard[@]}" "$@"
