@@ -86,7 +86,8 @@ class Labeler:
     """A recogniser that takes a batch of clips and tells how sure it was.
 
     The confidence is the mean log-probability of the tokens that were chosen, greedily, with the end: 0 is certain. For
-    CTC, of the places where the best path begins another letter. A function has none (None).
+    CTC, of the places where the best path begins another letter. Of a Mel-LLM that is decoded with its CTC head it is what the
+    language model alone makes of the tokens that both chose. A function has none (None).
 
     Args:
         spec (`str`): Folder or Hub name of a model for transformers' speech recognition pipeline, or
