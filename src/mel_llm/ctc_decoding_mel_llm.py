@@ -231,7 +231,7 @@ class CTCLogitsProcessor(LogitsProcessor):
     def _find(self, clips: torch.Tensor, texts: list[tuple[int, ...]]) -> _Prefixes:
         """The prefixes of transcripts that the last step weighed; of others, from their first token on."""
         places = [self.known.get(key) for key in zip(clips.tolist(), texts, strict=True)]
-        if self.prefixes is not None and None not in places:
+        if None not in places:
             return self.prefixes.take(places)
         prefixes, every = self.scorer.start(clips), list(range(len(texts)))
         for tokens in zip(*texts, strict=True):

@@ -33,6 +33,9 @@ logger = logging.get_logger(__name__)
 # every layer exceeds what the layer costs.
 _CPU_BLOCK_VALUES = 1 << 22
 
+# What a checkpoint may hold that a model which only reads has no place for
+PARTS_BESIDE_READING = ("speech_head", "vocoder", "ctc_head", "token_bytes")
+
 # Bytes of text that are known of a token; the longest English words of large vocabularies have 20
 _TOKEN_BYTES = 32
 
@@ -674,12 +677,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
 
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012  (the name and type are transformers')
     # A checkpoint that speaks too is read without a word about the rest
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        r"^speech_head\.",
-        r"^vocoder\.",
-        r"^ctc_head\.",
-        r"^token_bytes\.",
-    ]
+    _keys_to_ignore_on_load_unexpected = [rf"^{part}\." for part in PARTS_BESIDE_READING]  # noqa: RUF012
     # Checkpoints of before heads could be decoded with
     _keys_to_ignore_on_load_missing = [r"^token_bytes\."]  # noqa: RUF012
 

@@ -5,11 +5,14 @@ import re
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .ctc_decoding_mel_llm import plain_letters
 
 
 logger = logging.getLogger(__name__)
+
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def ctc_bytes(text: str) -> list[int]:
@@ -66,15 +69,7 @@ def _raw_bytes(token: str) -> bytes:
     """The bytes of a token that is no text by itself: `<0xE6>`, or written in the alphabet that GPT-2 gave to bytes."""
     if match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
         return bytes.fromhex(match[1])
-    bytes_of = _gpt2_alphabet()
-    return bytes(bytes_of[letter] for letter in token) if set(token) <= bytes_of.keys() else token.encode()
-
-
-def _gpt2_alphabet() -> dict[str, int]:
-    """Visible characters stand for themselves, the other bytes for the characters from 256 on, in their order."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {**{chr(byte): byte for byte in visible}, **{chr(256 + i): byte for i, byte in enumerate(hidden)}}
+    return bytes(_BYTE_OF[letter] for letter in token) if set(token) <= _BYTE_OF.keys() else token.encode()
 
 
 __all__ = ["ctc_bytes", "token_bytes"]

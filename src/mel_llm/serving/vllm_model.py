@@ -22,7 +22,7 @@ from vllm.model_executor.models.whisper import ISO639_1_SUPPORTED_LANGS
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.transformers_utils.processor import cached_processor_from_config
 
-from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
+from ..modeling_mel_llm import PARTS_BESIDE_READING, MelLLMForSpeechSeq2Seq
 from ..processing_mel_llm import LANGUAGES
 
 
@@ -46,7 +46,7 @@ class MelLLMForVLLM(TransformersMultiModalForCausalLM, SupportsTranscription):
                 "to what precedes. Serve it with `python -m mel_llm serve`."
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.ignore_unexpected_prefixes += ["speech_head.", "vocoder.", "ctc_head.", "token_bytes."]
+        self.ignore_unexpected_prefixes += [f"{part}." for part in PARTS_BESIDE_READING]
         if hasattr(self, "logits_processor"):  # scaled and capped in `compute_logits`, for every family that we know
             self.logits_processor.scale, self.logits_processor.soft_cap = 1.0, None
 

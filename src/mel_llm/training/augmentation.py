@@ -79,7 +79,7 @@ class SpecAugment:
         for name in ("num_time_masks", "max_time_frames", "num_freq_masks", "max_freq_bins"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"`{name}` must be a whole number of at least 0, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
         if not isinstance(self.max_time_share, (int, float)) or not 0.0 < self.max_time_share <= 1.0:
             raise ValueError(f"`max_time_share` must be more than 0 and at most 1, got {self.max_time_share!r}.")
         torchaudio_module("transforms")
