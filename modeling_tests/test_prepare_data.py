@@ -621,9 +621,50 @@ def test_kokoros_voices(tmp_path, monkeypatch):
     assert [voice.name for voice in choose_voices({"kokoro": engine}, [])] == ["af_heart", "bf_emma"]
     assert made == []  # the model is loaded by the first clip
     engine.speak("Hello.", "bf_emma", 1.1)
-    assert made == [(b"weights", ["af_heart", "am_fenrir", "bf_emma"]), ((510, 1, 256), 1.1, "en-gb")]
+    assert made == [(b"weights", ["af_heart"]), ((510, 1, 256), 1.1, "en-gb")]
     with pytest.raises(ValueError, match="--kokoro_voices"):
         make_engine("kokoro", EngineOptions(kokoro_model=tmp_path / "model.onnx", kokoro_voices=tmp_path / "no"))
+
+
+def test_kokoros_voices_are_mixed_into_new_ones(tmp_path, monkeypatch):
+    spoken = []
+
+    class Kokoro:
+        def __init__(self, model, voices):
+            pass
+
+        def create(self, text, voice, speed, lang):
+            spoken.append((float(voice.mean()), lang))
+            return np.ones(4, np.float32), 24000
+
+    monkeypatch.setitem(sys.modules, "kokoro_onnx", types.SimpleNamespace(Kokoro=Kokoro))
+    levels = {"af_heart": 1.0, "bf_emma": 2.0, "am_fenrir": 100.0, "zf_xiaoni": 3.0}
+    for name, level in levels.items():
+        np.full((510, 1, 256), level, np.float32).tofile(tmp_path / f"{name}.bin")
+    (tmp_path / "model.onnx").write_bytes(b"weights")
+
+    def mixtures(count):
+        options = EngineOptions(kokoro_model=tmp_path / "model.onnx", kokoro_voices=tmp_path, kokoro_mixtures=count)
+        engine = make_engine("kokoro", options)
+        return engine, {voice.name for voice in choose_voices({"kokoro": engine}, ["kokoro:*+*"])}
+
+    engine, names = mixtures(4)
+    pairs = {tuple(name.rpartition(".")[0].split("+")) for name in names}
+    # English voices with any other, but not with those that only tests hear
+    assert pairs == {
+        (first, second) for first in ("af_heart", "bf_emma") for second in ("af_heart", "bf_emma", "zf_xiaoni")
+    } - {("af_heart", "af_heart"), ("bf_emma", "bf_emma")}
+    for name in names:
+        pair, _, per_cent = name.rpartition(".")
+        first, second = pair.split("+")
+        assert 30 <= int(per_cent) <= 50
+        engine.speak("Hello.", name, 1.0)
+        level, accent = spoken.pop()
+        expected = levels[first] + int(per_cent) / 100 * (levels[second] - levels[first])
+        assert level == pytest.approx(expected, abs=1e-3) and accent == {"a": "en-us", "b": "en-gb"}[first[0]]
+    assert mixtures(2)[1] < names  # more voices leave those that there were
+    with pytest.raises(ValueError, match="--kokoro_mixtures must be from 0 to 4 with these voices, got 5"):
+        mixtures(5)
 
 
 # --- checking -----------------------------------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(folder, tmp_pa
     # What the kill may leave behind
     (cut / "checkpoint-999").mkdir()
     (cut / "checkpoint-999" / "config.json").write_text("{")
+    (cut / "checkpoint-998").mkdir()
+    (cut / "checkpoint-998" / "trainer_state.json").write_text('{"epoch": ')
     shutil.rmtree(cut / ".saving", ignore_errors=True)
     assert "Going on from" in finish(launch(SCRIPT, *words(folder, cut, *random)))
     assert losses(cut) == losses(whole) and len(losses(whole)) == 80

@@ -76,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     synthetic.add_argument("--kokoro_model", type=Path, help="Kokoro-82M v1.0 as ONNX.")
     synthetic.add_argument("--kokoro_voices", type=Path, help="Folder with VOICE.bin, or one .npz.")
+    synthetic.add_argument(
+        "--kokoro_mixtures", type=int, default=0, help="New voices, mixed of two of Kokoro's each. Default: 0."
+    )
     synthetic.set_defaults(run=run_synthetic)
 
     check = commands.add_parser("check", help="What is in a corpus, and what is wrong with it.")
@@ -102,7 +105,9 @@ def run_synthetic(arguments: argparse.Namespace) -> int:
     if arguments.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {arguments.workers}.")
     sentences, digest = load_sentences(arguments.texts)
-    options = EngineOptions(tuple(arguments.piper_voices), arguments.kokoro_model, arguments.kokoro_voices)
+    options = EngineOptions(
+        tuple(arguments.piper_voices), arguments.kokoro_model, arguments.kokoro_voices, arguments.kokoro_mixtures
+    )
     engines = available_engines(arguments.engines, options)
     voices = choose_voices(engines, arguments.voices)
     plan = SynthesisPlan(tuple(sentences), tuple(voices), arguments.seed, *arguments.speeds)

@@ -24,11 +24,13 @@ class EngineOptions:
         piper_voices: Voices of Piper, `NAME.onnx` with `NAME.onnx.json` beside it.
         kokoro_model (`Path`, *optional*): Kokoro-82M v1.0 as ONNX.
         kokoro_voices (`Path`, *optional*): Folder of `VOICE.bin`, or one `.npz` with all.
+        kokoro_mixtures (`int`, defaults to 0): New voices that are mixed of two of these.
     """
 
     piper_voices: tuple[Path, ...] = field(default=())
     kokoro_model: Path | None = None
     kokoro_voices: Path | None = None
+    kokoro_mixtures: int = 0
 
 
 class SpeechEngine(ABC):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..held_out import is_held_out_voice
 from .base import EngineMissing, EngineOptions, SpeechEngine
 
 
@@ -18,7 +19,12 @@ _STYLE_SHAPE = (-1, 1, 256)  # one row for each number of tokens
 
 
 class KokoroEngine(SpeechEngine):
-    """The Python package kokoro-onnx with a model and English voice packs."""
+    """The Python package kokoro-onnx with a model and English voice packs.
+
+    A mixture is a voice of its own: an English one, with a share of any other, which may be of another language. It is
+    called by both and the share in per cent, `am_adam+zf_xiaoni.40`. Which ones there are depends on the voices alone, and
+    the first ones of many are those of few.
+    """
 
     name = "kokoro"
 
@@ -38,10 +44,11 @@ class KokoroEngine(SpeechEngine):
         self.parts = None if self.model is not None else _installed_parts()
         self.place = options.kokoro_voices
         self.styles = _read_styles(self.place)
+        self.styles |= _mix(self.styles, options.kokoro_mixtures)
         self.kokoro = None
 
     def voices(self) -> list[str]:
-        return sorted(self.styles)
+        return sorted(name for name in self.styles if name[0] in _ACCENTS)
 
     def speak(self, text: str, voice: str, speed: float) -> tuple[np.ndarray, int]:
         if self.kokoro is None:
@@ -64,7 +71,8 @@ class KokoroEngine(SpeechEngine):
                     for part in self.parts:
                         file.write(part.read_bytes())
             voices = Path(folder) / "voices.npz"  # the class insists on a file
-            np.savez(voices, **self.styles)
+            name = self.voices()[0]  # any: each clip brings its own
+            np.savez(voices, **{name: self.styles[name]})
             return Kokoro(str(model), str(voices))
 
 
@@ -77,7 +85,7 @@ def _installed_parts() -> list[Path]:
 
 
 def _read_styles(place: Path) -> dict[str, np.ndarray]:
-    """Voice to `(tokens, 1, 256)`, float32; English voices only."""
+    """Voice to `(tokens, 1, 256)`, float32."""
     if place.is_dir():
         found = {file.stem: np.fromfile(file, dtype=np.float32) for file in sorted(place.glob("*.bin"))}
     elif place.is_file():
@@ -85,10 +93,31 @@ def _read_styles(place: Path) -> dict[str, np.ndarray]:
             found = {name: file[name] for name in file.files}
     else:
         raise ValueError(f"--kokoro_voices: there is no folder or file {str(place)!r}.")
-    styles = {name: style.reshape(_STYLE_SHAPE) for name, style in found.items() if name[:1] in _ACCENTS}
-    if not styles:
+    if not any(name[:1] in _ACCENTS for name in found):
         raise ValueError(f"--kokoro_voices: {place} has no English voices (af_NAME.bin, bm_NAME.bin, ...).")
-    return styles
+    return {name: style.reshape(_STYLE_SHAPE) for name, style in found.items()}
+
+
+def _mix(styles: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """As many new voices; none has anything of a voice that is kept for tests.
+
+    Raises:
+        ValueError: There are fewer than two voices to mix, or not so many mixtures.
+    """
+    if count == 0:
+        return {}
+    names = sorted(name for name in styles if not is_held_out_voice(name))
+    pairs = [(first, second) for first in names if first[0] in _ACCENTS for second in names if second != first]
+    if not 0 < count <= len(pairs):
+        raise ValueError(f"--kokoro_mixtures must be from 0 to {len(pairs)} with these voices, got {count}.")
+    generator = np.random.default_rng(0)
+    mixtures = {}
+    for place in generator.permutation(len(pairs))[:count]:
+        first, second = pairs[place]
+        per_cent = int(generator.integers(30, 51))  # with less it is nearly a voice that there is
+        share = np.float32(per_cent / 100)
+        mixtures[f"{first}+{second}.{per_cent}"] = (1 - share) * styles[first] + share * styles[second]
+    return mixtures
 
 
 __all__ = ["KokoroEngine"]

@@ -378,14 +378,20 @@ _RUN_FILES = ("checkpoint-*", "base/*", ".*", "_*", "training_args.bin")
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
     """The newest checkpoint in `folder` that was written to its end, or `None`.
 
-    The Trainer writes `trainer_state.json` last, so a checkpoint without one was interrupted and is passed over.
+    The Trainer writes `trainer_state.json` last, so a checkpoint without a whole one was interrupted and is passed over.
     """
-    complete = {}
+    steps = {}
     for path in Path(folder).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / "trainer_state.json").is_file():
-            complete[int(step)] = str(path)
-    return complete[max(complete)] if complete else None
+        if step.isdigit():
+            steps[int(step)] = path
+    for step in sorted(steps, reverse=True):
+        try:
+            json.loads((steps[step] / "trainer_state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # ended before it was opened, or while it was being written
+            continue
+        return str(steps[step])
+    return None
 
 
 def save_whole(trainer: Seq2SeqTrainer, processor, folder: str | os.PathLike) -> None:
