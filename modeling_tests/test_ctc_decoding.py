@@ -295,6 +295,38 @@ def test_a_text_without_a_place_can_only_end():
                 assert scores[:2].tolist() == expected and scores[2] > -1
 
 
+def hears(text: bytes) -> CTCPrefixScorer:
+    """The scorer of a clip in which the head hears these letters, and nearly nothing else."""
+    places = torch.full((2 * len(text), 256), -9.0, dtype=torch.float64)
+    places[::2, 0] = 0.0  # blanks between them
+    for place, letter in enumerate(text):
+        places[2 * place + 1, letter] = 0.0
+    return CTCPrefixScorer(places.log_softmax(-1)[None], torch.tensor([len(places)]))
+
+
+def test_what_is_likeliest_next():
+    scorer, clip = hears(b"aab ab"), torch.tensor([0])
+    begun = scorer.advance(clip, scorer.start(clip), [0, 0, 0], [b"", b"a", b"aab"])
+    assert scorer.continuation(torch.tensor([0, 0, 0]), begun, 3) == [b"aab", b"ab ", b" ab"]
+
+
+def test_a_word_that_the_language_model_does_not_expect_is_written(monkeypatch):
+    """Neither among its likeliest nor by commas in the place of it."""
+    monkeypatch.setattr("mel_llm.ctc_decoding_mel_llm._NUM_CANDIDATES", 3)
+    words = [b"xx", b"yy", b",", b"abba", b" ab", b"bb", b" Ba", b"<end>"]
+    table = torch.tensor([list(word.ljust(5, b"\0")) for word in words[:-1]] + [[0] * 5], dtype=torch.uint8)
+    weigh = CTCLogitsProcessor(hears(b"abba ba"), table, 0.5, 1, [7], torch.tensor([7]))
+    expects = torch.tensor([[5.0, 4.0, 3.0, -9.0, -9.0, -9.0, -9.0, -9.0]])
+    written = [7]
+    for _ in range(3):
+        written.append(int(weigh(torch.tensor([written]), expects).argmax()))
+    assert b"".join(words[token] for token in written[1:]) == b"abba Ba<end>"
+    # The language model alone decides about a comma
+    expects[0, 2] = 6.0
+    scores = weigh(torch.tensor([[7, 3]]), expects)
+    assert int(scores.argmax()) == 2 and float(scores[0, 2]) > -100
+
+
 def test_letters_go_with_the_checkpoint(spelling, speech_clips, tmp_path):
     model, processor = spelling
     model.config.audio_config.ctc_decoding_weight = 0.25

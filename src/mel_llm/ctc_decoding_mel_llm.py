@@ -17,8 +17,13 @@ import torch
 from transformers import LogitsProcessor
 
 
-# Tokens that are weighed at each step: the likeliest of the language model, and the ends of text
+# Tokens that are weighed at each step: the likeliest of the language model, some that spell the beginning of as many
+# letters as the head hears next, and the ends of text
 _NUM_CANDIDATES = 40
+_NUM_HEARD = 24
+_LETTERS_HEARD = 8
+# All letters are looked at for all places of so many texts in one go: 1.5 MB for each text of 30 s
+_ROWS_AT_ONCE = 32
 # What a token that the head rules out gets, in nats: a finite number leaves something to choose where all are ruled out
 _RULED_OUT = -1e3
 # The least that a letter is worth at a place, and what a beginning is worth at most that some letter of has no place
@@ -43,6 +48,19 @@ def _letters_of(data: bytes) -> tuple[bytes, bytes]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     text = decoder.decode(data)
     return plain_letters(text).encode(), decoder.getstate()[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens_by_letters(table: bytes, width: int) -> dict[bytes, list[int]]:
+    """Letters to the tokens that add them to a text, from a table with `width` bytes for each; a space ahead counts, behind
+    not. Tokens without letters are under `b""`."""
+    tokens: dict[bytes, list[int]] = {}
+    for token in range(len(table) // width):
+        data = table[token * width : (token + 1) * width].rstrip(b"\0")
+        letters, incomplete = _letters_of(data)
+        if data and not incomplete:
+            tokens.setdefault(letters.rstrip(), []).append(token)
+    return tokens
 
 
 @dataclass
@@ -186,6 +204,21 @@ class CTCPrefixScorer:
                 score[row] = torch.logaddexp(score[row], prefix.score[0])
         return score
 
+    def continuation(self, clips: torch.Tensor, prefixes: _Prefixes, length: int) -> list[bytes]:
+        """For each text the letters that are likeliest next, one after the other."""
+        found = []
+        rows = torch.arange(len(clips), device=clips.device)
+        for _ in range(length):
+            before = torch.logaddexp(prefixes.spelling, prefixes.resting)[:, :-1]
+            blocks = rows.split(_ROWS_AT_ONCE)
+            scores = torch.cat([(before[part, :, None] + self.log_probs[clips[part]]).logsumexp(1) for part in blocks])
+            again = prefixes.resting[:, :-1] + self.log_probs[clips, :, prefixes.last]  # as in `_spell`
+            scores[rows, prefixes.last] = again.logsumexp(1)
+            scores[:, 0] = -math.inf
+            found.append(scores.argmax(1))
+            prefixes = self._spell(clips, prefixes, found[-1])
+        return [bytes(letters) for letters in torch.stack(found, dim=1).tolist()]
+
     @staticmethod
     def ending(prefixes: _Prefixes) -> torch.Tensor:
         """How likely it is, `(N,)`, log, that these letters are all that is said."""
@@ -195,7 +228,10 @@ class CTCPrefixScorer:
 class CTCLogitsProcessor(LogitsProcessor):
     """`(1 - weight) * log p(token | text, audio) + weight * log p_CTC(its letters | letters so far, audio)`.
 
-    The likeliest 40 tokens of the language model are weighed, and the ends of text; no other one can be written.
+    The likeliest 40 tokens of the language model are weighed, those that spell what the head hears next, and the ends of text;
+    no other one can be written. A token without letters costs nothing in the second term, so a model that does not know what
+    comes next would write commas in the place of what is said: such a token is for the language model alone to decide, and is
+    written only if it is its likeliest.
 
     Args:
         scorer ([`CTCPrefixScorer`]): Of the clips.
@@ -217,6 +253,9 @@ class CTCLogitsProcessor(LogitsProcessor):
     ):
         self.scorer = scorer
         self.token_bytes = token_bytes.cpu().numpy()
+        self.tokens_by_letters = _tokens_by_letters(self.token_bytes.tobytes(), self.token_bytes.shape[1])
+        self.without_letters = torch.zeros(len(token_bytes), dtype=torch.bool, device=end_ids.device)
+        self.without_letters[self.tokens_by_letters.get(b"", [])] = True
         self.weight = weight
         self.prompt_length = prompt_length
         self.eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=end_ids.device)
@@ -238,6 +277,19 @@ class CTCLogitsProcessor(LogitsProcessor):
             prefixes = self.scorer.advance(clips, prefixes, every, self._texts_of(tokens))
         return prefixes
 
+    def _heard(self, clips: torch.Tensor, prefixes: _Prefixes, others: torch.Tensor) -> torch.Tensor:
+        """Tokens that spell the beginning of what the head hears next, the longest first; `others` `(N, 1)` where there are
+        fewer than are asked for."""
+        heard = others.repeat(1, _NUM_HEARD)
+        for row, letters in enumerate(self.scorer.continuation(clips, prefixes, _LETTERS_HEARD)):
+            if prefixes.parted[row]:  # by a token that is written already
+                letters = letters.lstrip(b" ")
+            spelling = dict.fromkeys(letters[:length].rstrip() for length in range(len(letters), 0, -1))
+            tokens = [token for part in spelling if part for token in self.tokens_by_letters.get(part, ())]
+            tokens = torch.tensor(tokens[:_NUM_HEARD], dtype=heard.dtype, device=heard.device)
+            heard[row, : len(tokens)] = tokens
+        return heard
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         num_clips, num_rows = len(self.scorer.log_probs), len(input_ids)
         has_ended = (
@@ -255,7 +307,9 @@ class CTCLogitsProcessor(LogitsProcessor):
 
         log_probs = scores[rows].log_softmax(-1)
         likeliest = log_probs.topk(min(_NUM_CANDIDATES, log_probs.shape[-1]))[1]
-        candidates = torch.cat([likeliest, self.eos_token_ids.expand(len(rows), -1)], dim=1)  # (rows, K)
+        heard = self._heard(clips, prefixes, likeliest[:, :1])
+        candidates = torch.cat([likeliest, heard, self.eos_token_ids.expand(len(rows), -1)], dim=1)  # (rows, K)
+        unwanted = self.without_letters[candidates] & (candidates != likeliest[:, :1])
         num_candidates = candidates.shape[1]
         parents = [row for row in range(len(rows)) for _ in range(num_candidates)]
         tokens = candidates.flatten().tolist()
@@ -264,7 +318,8 @@ class CTCLogitsProcessor(LogitsProcessor):
         spelt = longer.score - prefixes.score[parents]
         # Special tokens have no text at all, and are no part of what is said
         wrong = [not text or count > _MAX_PARTED for text, count in zip(texts_of_tokens, longer.parted, strict=True)]
-        spelt = spelt.masked_fill(torch.tensor(wrong, device=device), _RULED_OUT).view(len(rows), -1)
+        wrong = torch.tensor(wrong, device=device).view(len(rows), -1) | unwanted.to(device)
+        spelt = spelt.view(len(rows), -1).masked_fill(wrong, _RULED_OUT)
         ending = (self.scorer.ending(prefixes) - prefixes.score)[:, None]
         # A text that does not fit into its clip can only end
         full = (prefixes.score < _IMPOSSIBLE)[:, None]
