@@ -51,16 +51,16 @@ def _letters_of(data: bytes) -> tuple[bytes, bytes]:
 
 
 @functools.lru_cache(maxsize=4)
-def _tokens_by_letters(table: bytes, width: int) -> dict[bytes, list[int]]:
-    """Letters to the tokens that add them to a text, from a table with `width` bytes for each; a space ahead counts, behind
-    not. Tokens without letters are under `b""`."""
+def _read_tokens(table: bytes, width: int) -> tuple[list[bytes], dict[bytes, list[int]]]:
+    """The text of each token, from a table with `width` bytes for each; and letters to the tokens that add them to a text. A
+    space ahead counts, behind not; tokens without letters are under `b""`."""
+    texts = [table[start : start + width].rstrip(b"\0") for start in range(0, len(table), width)]
     tokens: dict[bytes, list[int]] = {}
-    for token in range(len(table) // width):
-        data = table[token * width : (token + 1) * width].rstrip(b"\0")
-        letters, incomplete = _letters_of(data)
-        if data and not incomplete:
+    for token, text in enumerate(texts):
+        letters, incomplete = _letters_of(text)
+        if text and not incomplete:
             tokens.setdefault(letters.rstrip(), []).append(token)
-    return tokens
+    return texts, tokens
 
 
 @dataclass
@@ -108,7 +108,7 @@ class CTCPrefixScorer:
         behind = torch.arange(log_probs.shape[1], device=log_probs.device) >= num_places[:, None]
         log_probs = log_probs.masked_fill(behind[..., None], _NO_CHANCE)
         log_probs[..., 0].masked_fill_(behind, 0.0)  # blanks alone behind the end of a clip
-        self.log_probs = log_probs
+        self.log_probs, self.probs = log_probs, log_probs.exp()
         # sums[:, t] is that of the first t places
         self.sums = torch.nn.functional.pad(log_probs.cumsum(1), (0, 0, 1, 0))
 
@@ -206,18 +206,23 @@ class CTCPrefixScorer:
 
     def continuation(self, clips: torch.Tensor, prefixes: _Prefixes, length: int) -> list[bytes]:
         """For each text the letters that are likeliest next, one after the other."""
-        found = []
-        rows = torch.arange(len(clips), device=clips.device)
-        for _ in range(length):
-            before = torch.logaddexp(prefixes.spelling, prefixes.resting)[:, :-1]
-            blocks = rows.split(_ROWS_AT_ONCE)
-            scores = torch.cat([(before[part, :, None] + self.log_probs[clips[part]]).logsumexp(1) for part in blocks])
-            again = prefixes.resting[:, :-1] + self.log_probs[clips, :, prefixes.last]  # as in `_spell`
-            scores[rows, prefixes.last] = again.logsumexp(1)
-            scores[:, 0] = -math.inf
-            found.append(scores.argmax(1))
-            prefixes = self._spell(clips, prefixes, found[-1])
-        return [bytes(letters) for letters in torch.stack(found, dim=1).tolist()]
+        texts: list[bytes] = []
+        for part in torch.arange(len(clips), device=clips.device).split(_ROWS_AT_ONCE):
+            begun, probs, rows = prefixes.take(part.tolist()), self.probs[clips[part]], part - part[0]
+            letters = []
+            for _ in range(length):
+                before = torch.logaddexp(begun.spelling, begun.resting)[:, :-1]
+                # Sums of products and not of logarithms, for which there are fast routines; what is too small for them would
+                # not be chosen
+                largest = before.amax(1, keepdim=True).clamp(min=_NO_CHANCE)
+                scores = ((before - largest).exp()[:, None] @ probs)[:, 0]
+                again = (begun.resting[:, :-1] - largest).exp()  # as in `_spell`
+                scores[rows, begun.last] = (again * probs[rows, :, begun.last]).sum(1)
+                scores[:, 0] = -1.0
+                letters.append(scores.argmax(1))
+                begun = self._spell(clips[part], begun, letters[-1])
+            texts += map(bytes, torch.stack(letters, dim=1).tolist())
+        return texts
 
     @staticmethod
     def ending(prefixes: _Prefixes) -> torch.Tensor:
@@ -252,10 +257,9 @@ class CTCLogitsProcessor(LogitsProcessor):
         end_ids: torch.Tensor,
     ):
         self.scorer = scorer
-        self.token_bytes = token_bytes.cpu().numpy()
-        self.tokens_by_letters = _tokens_by_letters(self.token_bytes.tobytes(), self.token_bytes.shape[1])
-        self.without_letters = torch.zeros(len(token_bytes), dtype=torch.bool, device=end_ids.device)
-        self.without_letters[self.tokens_by_letters.get(b"", [])] = True
+        table = token_bytes.cpu().numpy()
+        self.token_texts, self.tokens_by_letters = _read_tokens(table.tobytes(), table.shape[1])
+        self.without_letters = frozenset(self.tokens_by_letters.get(b"", ()))
         self.weight = weight
         self.prompt_length = prompt_length
         self.eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=end_ids.device)
@@ -265,7 +269,7 @@ class CTCLogitsProcessor(LogitsProcessor):
         self.prefixes: _Prefixes | None = None
 
     def _texts_of(self, tokens: Iterable[int]) -> list[bytes]:
-        return [self.token_bytes[token].tobytes().rstrip(b"\0") for token in tokens]
+        return [self.token_texts[token] for token in tokens]
 
     def _find(self, clips: torch.Tensor, texts: list[tuple[int, ...]]) -> _Prefixes:
         """The prefixes of transcripts that the last step weighed; of others, from their first token on."""
@@ -278,16 +282,18 @@ class CTCLogitsProcessor(LogitsProcessor):
         return prefixes
 
     def _heard(self, clips: torch.Tensor, prefixes: _Prefixes, others: torch.Tensor) -> torch.Tensor:
-        """Tokens that spell the beginning of what the head hears next, the longest first; `others` `(N, 1)` where there are
-        fewer than are asked for."""
-        heard = others.repeat(1, _NUM_HEARD)
+        """Tokens `(N, K)` that spell the beginning of what the head hears next, the longest first; `others` `(N, 1)` where a
+        text has fewer of them."""
+        found = []
         for row, letters in enumerate(self.scorer.continuation(clips, prefixes, _LETTERS_HEARD)):
             if prefixes.parted[row]:  # by a token that is written already
                 letters = letters.lstrip(b" ")
             spelling = dict.fromkeys(letters[:length].rstrip() for length in range(len(letters), 0, -1))
             tokens = [token for part in spelling if part for token in self.tokens_by_letters.get(part, ())]
-            tokens = torch.tensor(tokens[:_NUM_HEARD], dtype=heard.dtype, device=heard.device)
-            heard[row, : len(tokens)] = tokens
+            found.append(tokens[:_NUM_HEARD])
+        heard = others.repeat(1, max(map(len, found)))
+        for row, tokens in enumerate(found):
+            heard[row, : len(tokens)] = torch.tensor(tokens, dtype=heard.dtype, device=heard.device)
         return heard
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -309,17 +315,20 @@ class CTCLogitsProcessor(LogitsProcessor):
         likeliest = log_probs.topk(min(_NUM_CANDIDATES, log_probs.shape[-1]))[1]
         heard = self._heard(clips, prefixes, likeliest[:, :1])
         candidates = torch.cat([likeliest, heard, self.eos_token_ids.expand(len(rows), -1)], dim=1)  # (rows, K)
-        unwanted = self.without_letters[candidates] & (candidates != likeliest[:, :1])
         num_candidates = candidates.shape[1]
         parents = [row for row in range(len(rows)) for _ in range(num_candidates)]
         tokens = candidates.flatten().tolist()
         texts_of_tokens = self._texts_of(tokens)
         longer = self.scorer.advance(clips, prefixes, parents, texts_of_tokens)
         spelt = longer.score - prefixes.score[parents]
-        # Special tokens have no text at all, and are no part of what is said
-        wrong = [not text or count > _MAX_PARTED for text, count in zip(texts_of_tokens, longer.parted, strict=True)]
-        wrong = torch.tensor(wrong, device=device).view(len(rows), -1) | unwanted.to(device)
-        spelt = spelt.view(len(rows), -1).masked_fill(wrong, _RULED_OUT)
+        best = likeliest[:, 0].tolist()
+        wrong = [
+            not text  # special tokens, which are no part of what is said
+            or count > _MAX_PARTED
+            or (token in self.without_letters and token != best[parent])
+            for token, text, parent, count in zip(tokens, texts_of_tokens, parents, longer.parted, strict=True)
+        ]
+        spelt = spelt.masked_fill(torch.tensor(wrong, device=device), _RULED_OUT).view(len(rows), -1)
         ending = (self.scorer.ending(prefixes) - prefixes.score)[:, None]
         # A text that does not fit into its clip can only end
         full = (prefixes.score < _IMPOSSIBLE)[:, None]

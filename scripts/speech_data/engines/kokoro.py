@@ -102,13 +102,11 @@ def _mix(styles: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     """As many new voices; none has anything of a voice that is kept for tests.
 
     Raises:
-        ValueError: There are fewer than two voices to mix, or not so many mixtures.
+        ValueError: There are not so many.
     """
-    if count == 0:
-        return {}
     names = sorted(name for name in styles if not is_held_out_voice(name))
     pairs = [(first, second) for first in names if first[0] in _ACCENTS for second in names if second != first]
-    if not 0 < count <= len(pairs):
+    if not 0 <= count <= len(pairs):
         raise ValueError(f"--kokoro_mixtures must be from 0 to {len(pairs)} with these voices, got {count}.")
     generator = np.random.default_rng(0)
     mixtures = {}
