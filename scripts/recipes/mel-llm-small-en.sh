@@ -5,8 +5,8 @@
 #   scripts/recipes/mel-llm-small-en.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
 #   SPEECH   a folder with the corpora asterisk-en and synth-en, and more-NAME, if there are any, with more speech: see
-#            docs/data.md. Natural voices help most: `scripts/prepare_data.py synthetic --texts FILE --engines kokoro piper
-#            --output_dir SPEECH/more-voices --hours 8 ...`
+#            docs/data.md. Natural voices, and many of them, help most: `scripts/prepare_data.py synthetic --texts FILE
+#            --engines piper --piper_voices en_US-libritts_r-medium.onnx --output_dir SPEECH/more-voices --hours 8 ...`
 #   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/ and 3-all/ (what training leaves) and model/ (what is
 #            published); with SPEAKING=1 also vocoder/, 4-speaking/ and speaking-model/
 #
