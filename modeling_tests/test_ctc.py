@@ -205,8 +205,13 @@ def test_what_cannot_work_is_told(script, folder, tmp_path, arguments, message):
 
 
 def test_clips_with_more_letters_than_places_are_counted(script, folder, tmp_path, caplog):  # noqa: F811
-    slow = json.dumps({**json.loads(SCRATCH[3]), "ctc_weight": 0.5, "reduction_factor": 16})
+    slow = json.dumps({**json.loads(SCRATCH[3]), "ctc_weight": 0.5, "reduction_factor": 16, "ctc_rate": 4})
+    arguments = ["--audio_config", slow, *SCRATCH[:2]]
     script.logger.addHandler(caplog.handler)
-    script.prepare(words(folder, tmp_path / "run", "--audio_config", slow, *SCRATCH[:2]))
+    script.prepare(words(folder, tmp_path / "run", *arguments))
+    assert "CTC learns nothing" not in caplog.text
+    script.prepare(words(folder, tmp_path / "fast", *arguments, "--speed_factors", "0.9", "2.0"))
     script.logger.removeHandler(caplog.handler)
-    assert "of 12 clips" in caplog.text and "6.25 places a second" in caplog.text
+    assert (
+        "of 12 clips" in caplog.text and "at speed 2: " in caplog.text and "the 25 places a second" in caplog.text
+    )

@@ -360,7 +360,7 @@ def prepare(argv: list[str]) -> Run | None:
     if training_args.ctc_only_steps and audio_config.ctc_weight == 0:
         raise ValueError("--ctc_only_steps needs a CTC head: --audio_config '{\"ctc_weight\": 0.3}'.")
     if audio_config.ctc_weight > 0 and not streaming:
-        tell_unspellable(selections, audio_config)
+        tell_unspellable(selections, audio_config, data_args.speed_factors)
     if model_args.remote_code:
         export_remote_code(model)
         export_remote_code(processor)

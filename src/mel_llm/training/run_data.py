@@ -145,15 +145,18 @@ def tasks_of(source: SpeechSource, data, tasks: list[str]) -> list[str]:
     return [task for task in tasks if (task == "qa") == answered]
 
 
-def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfig) -> None:
+def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfig, speed_factors: list[float]) -> None:
+    """Warns of clips that the CTC head has no room to spell when they are played at the fastest of the speeds."""
     rate = audio_config.frame_rate / audio_config.reduction_factor * audio_config.ctc_rate
+    fastest = max([1.0, *speed_factors])
     for selection in selections:
-        places = [int(seconds * rate) for seconds in selection.seconds]
+        places = [int(seconds / fastest * rate) for seconds in selection.seconds]
         count = count_unspellable(selection.rows["text"], places) if selection.task == "asr" else 0
         if count:
+            at_speed = f" at speed {fastest:g}" if fastest > 1 else ""
             logger.warning(
-                f"CTC learns nothing from {count} of {len(places)} clips of {selection.source.place}: they have more letters "
-                f"than the {rate:g} places a second that the head has. Raise `ctc_rate` in --audio_config."
+                f"CTC learns nothing from {count} of {len(places)} clips of {selection.source.place}{at_speed}: they have more "
+                f"letters than the {rate:g} places a second that the head has. Raise `ctc_rate` in --audio_config."
             )
 
 
