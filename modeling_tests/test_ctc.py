@@ -212,6 +212,4 @@ def test_clips_with_more_letters_than_places_are_counted(script, folder, tmp_pat
     assert "CTC learns nothing" not in caplog.text
     script.prepare(words(folder, tmp_path / "fast", *arguments, "--speed_factors", "0.9", "2.0"))
     script.logger.removeHandler(caplog.handler)
-    assert (
-        "of 12 clips" in caplog.text and "at speed 2: " in caplog.text and "the 25 places a second" in caplog.text
-    )
+    assert "of 12 clips" in caplog.text and "at speed 2: " in caplog.text and "the 25 places a second" in caplog.text
