@@ -3,6 +3,7 @@
 import importlib
 import logging
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +45,23 @@ class KokoroEngine(SpeechEngine):
         self.parts = None if self.model is not None else _installed_parts()
         self.place = options.kokoro_voices
         self.styles = _read_styles(self.place)
-        self.styles |= _mix(self.styles, options.kokoro_mixtures)
+        self.mixtures = _choose_mixtures(self.styles, options.kokoro_mixtures)
         self.kokoro = None
 
     def voices(self) -> list[str]:
-        return sorted(name for name in self.styles if name[0] in _ACCENTS)
+        return sorted([*(name for name in self.styles if name[0] in _ACCENTS), *self.mixtures])
 
     def speak(self, text: str, voice: str, speed: float) -> tuple[np.ndarray, int]:
         if self.kokoro is None:
             self.kokoro = self._load()
-        return self.kokoro.create(text, voice=self.styles[voice], speed=speed, lang=_ACCENTS[voice[0]])
+        return self.kokoro.create(text, voice=self._style(voice), speed=speed, lang=_ACCENTS[voice[0]])
+
+    def _style(self, voice: str) -> np.ndarray:
+        """`(tokens, 1, 256)`; of a mixture made when it speaks, for hundreds of them are more than the model itself."""
+        if voice not in self.mixtures:
+            return self.styles[voice]
+        first, second, share = self.mixtures[voice]
+        return (1 - share) * self.styles[first] + share * self.styles[second]
 
     def licence_files(self) -> list[Path]:
         places = [self.place.parent / "LICENSE", self.place.parent / "LICENCE"]
@@ -72,7 +80,7 @@ class KokoroEngine(SpeechEngine):
                         file.write(part.read_bytes())
             voices = Path(folder) / "voices.npz"  # the class insists on a file
             name = self.voices()[0]  # any: each clip brings its own
-            np.savez(voices, **{name: self.styles[name]})
+            np.savez(voices, **{name: self._style(name)})
             return Kokoro(str(model), str(voices))
 
 
@@ -98,13 +106,13 @@ def _read_styles(place: Path) -> dict[str, np.ndarray]:
     return {name: style.reshape(_STYLE_SHAPE) for name, style in found.items()}
 
 
-def _mix(styles: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """As many new voices; none has anything of a voice that is kept for tests.
+def _choose_mixtures(names: Iterable[str], count: int) -> dict[str, tuple[str, str, np.float32]]:
+    """As many new voices, each of two and the share of the second; none has anything of a voice that is kept for tests.
 
     Raises:
         ValueError: There are not so many.
     """
-    names = sorted(name for name in styles if not is_held_out_voice(name))
+    names = sorted(name for name in names if not is_held_out_voice(name))
     pairs = [(first, second) for first in names if first[0] in _ACCENTS for second in names if second != first]
     if not 0 <= count <= len(pairs):
         raise ValueError(f"--kokoro_mixtures must be from 0 to {len(pairs)} with these voices, got {count}.")
@@ -113,8 +121,7 @@ def _mix(styles: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     for place in generator.permutation(len(pairs))[:count]:
         first, second = pairs[place]
         per_cent = int(generator.integers(30, 51))  # with less it is nearly a voice that there is
-        share = np.float32(per_cent / 100)
-        mixtures[f"{first}+{second}.{per_cent}"] = (1 - share) * styles[first] + share * styles[second]
+        mixtures[f"{first}+{second}.{per_cent}"] = first, second, np.float32(per_cent / 100)
     return mixtures
 
 
