@@ -56,6 +56,7 @@ from mel_llm.training import (
     TranscriptionCollator,
     VoiceWarp,
     check_packing,
+    compile_layers,
     count_parameters,
     describe_trainable,
     freeze,
@@ -376,6 +377,9 @@ def prepare(argv: list[str]) -> Run | None:
         check_frozen(checkpoint, model, model_args)
     logger.info(trainable_table(describe_trainable(model)))
     logger.info("{:,} of {:,} parameters are trained.".format(*count_parameters(model)))
+
+    if training_args.compile_layers:
+        compile_layers(model)
 
     later = data_args.features_on_device
     reading = {

@@ -133,13 +133,22 @@ class MelLLMConvSubsampling(nn.Module):
             hidden_states = hidden_states.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", enabled=False) if on_cpu and not symbolic else contextlib.nullcontext():
             for layer in self.conv:
-                hidden_states = layer(hidden_states)
                 if isinstance(layer, nn.Conv2d):
+                    hidden_states = layer(hidden_states)
                     if layer.stride == (2, 2) and lengths is not None:
                         lengths = (lengths + 1) // 2
-                elif lengths is not None:
-                    mask = _length_mask(lengths, hidden_states.shape[2])
-                    hidden_states = hidden_states * mask[:, None, :, None].to(hidden_states.dtype)
+                    continue
+                mask = None if lengths is None else _length_mask(lengths, hidden_states.shape[2])[:, None, :, None]
+                if on_cpu and not symbolic and isinstance(layer, nn.ReLU):
+                    # In place, which a convolution's backward pass allows, and memory is what costs time here. No gradient
+                    # comes back through ReLU where it is zero, so that none has to be masked.
+                    if mask is not None:
+                        hidden_states.detach().mul_(mask.to(hidden_states.dtype))
+                    hidden_states = torch.relu_(hidden_states)
+                else:
+                    hidden_states = layer(hidden_states)
+                    if mask is not None:
+                        hidden_states = hidden_states * mask.to(hidden_states.dtype)
         return self.out(hidden_states.transpose(1, 2).flatten(2))
 
     def last_token(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from ..spelling import ctc_bytes
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
+from .compilation import compile_layers
 from .conditions import RecordingConditions, VoiceWarp
 from .continuation import ContinuationCollator, PromptCut, QACollator, select_answered, select_continuations
 from .ctc import count_unspellable
@@ -50,6 +51,7 @@ __all__ = [
     "batch_tokens",
     "check_packing",
     "compute_feature_statistics",
+    "compile_layers",
     "count_parameters",
     "count_unspellable",
     "ctc_bytes",
