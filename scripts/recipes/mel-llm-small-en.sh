@@ -11,6 +11,7 @@
 #            published); with SPEAKING=1 also vocoder/, 4-speaking/ and speaking-model/
 #
 #   BACKBONE=FOLDER GGUF=FILE   the language model; by default HuggingFaceTB/SmolLM2-135M-Instruct from the Hub
+#   START=FOLDER                a model to go on with, hub_cards/mel-llm-small-en for instance, in the place of a bare language model
 #   SPEAKING=1                  go on with 4-speaking.yaml, which nobody has tried at full length yet
 #   VOCODER_STEPS=0             no neural vocoder: Griffin-Lim
 #   PYTHON=python3.12           choose the interpreter
@@ -25,6 +26,10 @@ speech="${1:?SPEECH, the folder with the corpora, is missing}"
 output="${2:?OUTPUT, a folder, is missing}"
 shift 2
 mkdir -p "$output"
+if [[ -n "${START:-}" && ! -f "$output/start/config.json" ]]; then
+    mkdir -p "$output/start"
+    cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/start/"
+fi
 if [[ ! -f "$output/start/config.json" ]]; then
     texts=("$speech"/{asterisk,synth}-en/train/metadata.csv)
     [[ ! -f "$speech/text/sentences_en_train.tsv" ]] || texts+=("$speech/text/sentences_en_train.tsv")
@@ -43,7 +48,7 @@ PYTHON
         --layers 0-2,27-29 --vocab_size 4000 --vocab_texts "$output/sentences.txt" --speaks --output_dir "$output/start" \
         --chat_template "$recipe/chat_template.jinja" --transcription_instruction "" \
         --audio_config '{"reduction_factor": 8, "conv_channels": 96, "hidden_size": 384, "bidirectional_attention": true,
-            "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4}'
+            "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4, "ctc_decoding_weight": 0.5}'
 fi
 
 # train NAME MODEL ARGUMENT...: a step that is done is left alone

@@ -457,9 +457,14 @@ def _facts(folder: Path, config, adapter: dict, run: dict, base_model: str | Non
     if weights is not None:
         precision = ", ".join(_PRECISIONS.get(name, name) for name in weights.dtypes)
         what = "parameters of the adapters and of what is saved with them" if adapter else "parameters"
-        # The files also hold what is no parameter, such as the normalisation
+        # The files also hold what is no parameter, such as the normalisation; a run may have had heads that are not in them
         known = None if adapter else (run.get("parameters") or {}).get("all")
-        rows.append((what, f"{known or weights.parameters:,} ({precision}; {weights.bytes / 1e6:,.1f} MB)"))
+        rows.append(
+            (
+                what,
+                f"{min(known or weights.parameters, weights.parameters):,} ({precision}; {weights.bytes / 1e6:,.1f} MB)",
+            )
+        )
     if adapter.get("peft_type") == "LORA":
         rows.append(("LoRA", f"r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"))
     if config is not None:
@@ -642,8 +647,9 @@ def _licence_text(license, license_name, license_link, base_model, rows, attribu
     for row in rows:
         if row.get("attribution") or row.get("license"):
             words = "; ".join(str(row[key]) for key in ("license", "attribution", "url") if row.get(key))
-            parts.append(f"Training data {row['name']}: {words}.")
-    return "\n\n".join([*parts, *([attribution] if attribution else [])])
+            parts.append(f"Training data {row['name']}: {words.removesuffix('.')}.")
+    # Parts of one corpus are several rows, and one licence
+    return "\n\n".join([*dict.fromkeys(parts), *([attribution] if attribution else [])])
 
 
 def _samples(folder: Path, samples: Sequence) -> str:
