@@ -459,12 +459,8 @@ def _facts(folder: Path, config, adapter: dict, run: dict, base_model: str | Non
         what = "parameters of the adapters and of what is saved with them" if adapter else "parameters"
         # The files also hold what is no parameter, such as the normalisation; a run may have had heads that are not in them
         known = None if adapter else (run.get("parameters") or {}).get("all")
-        rows.append(
-            (
-                what,
-                f"{min(known or weights.parameters, weights.parameters):,} ({precision}; {weights.bytes / 1e6:,.1f} MB)",
-            )
-        )
+        count = min(known or weights.parameters, weights.parameters)
+        rows.append((what, f"{count:,} ({precision}; {weights.bytes / 1e6:,.1f} MB)"))
     if adapter.get("peft_type") == "LORA":
         rows.append(("LoRA", f"r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"))
     if config is not None:
