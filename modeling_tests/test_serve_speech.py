@@ -531,6 +531,23 @@ def test_speech_that_the_end_breaks_off_leaves_no_traceback(loaded, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
+def test_speech_that_the_worker_ends_is_not_taken_for_whole(loaded, caplog):
+    """A cancelled task may go on: asyncio.wait_for of Python 3.11 swallows what comes while its future ends."""
+    speaker = Speaker(seconds=float("inf"))
+    speaker.gate.set()
+    address, worker = loaded(speaker, max_seconds=1e6)
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+    asked = {"model": "mel", "input": "Yes.", "voice": "default", "response_format": "pcm"}
+    with client.audio.speech.with_streaming_response.create(**asked) as answer:
+        stream = answer.iter_bytes()
+        next(stream)
+        worker.close()
+        with pytest.raises(Exception, match=BROKEN):
+            for _ in stream:
+                pass
+    assert "Speech was broken off" in caplog.text
+
+
 def test_failures_are_told_and_survived(loaded):
     speaker = Speaker()
     speaker.gate.set()

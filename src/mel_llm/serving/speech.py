@@ -262,6 +262,8 @@ class SpeechWorker:
                     raise _Cancelled
             job.send(encoder.finish())
         except _Cancelled:
+            if not self._open:  # the client may still be there, and must not take this for the end
+                return SpeechError(503, "The server is shutting down.", code="shutting_down")
             logger.info("A client went away; its speech was ended.")
         except SpeechError as error:
             return error
@@ -318,7 +320,7 @@ class _SpeechResponse(Response):
             item = await self._next(gone)
             if isinstance(item, SpeechError):
                 # The status has been sent. Without the end of the body, the client sees that something is missing
-                logger.error("Speech broke off: %s", item)
+                logger.error("Speech was broken off: %s", item)
                 return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
