@@ -23,7 +23,16 @@ DATA = Path(__file__).resolve().parent / "data"
 BACKBONES = ("llama", "qwen3", "phi3", "gemma3_text", "mistral")
 
 
+# The modules that take longest (pytest --durations). Started first, so that none is left when the other processes are done.
+LONG = (
+    "train_script modeling_mel_llm_speech continuation_generation documentation train_vocoder_script compilation "
+    "transcription_mel_llm distributed benchmark study_script benchmark_tts streaming"
+).split()
+
+
 def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -559,13 +559,13 @@ def test_the_pipeline_speaks_in_a_fresh_process(speaking, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_recordings_are_learnt_and_spoken(tmp_path):
+def test_recordings_are_learnt_and_spoken(tmp_path):
     """The whole objective on real speech: free-running, it stays on the mel, and it stops."""
     script = str(ROOT / "scripts" / "demo_tts.py")
-    result = run(script, "--output_dir", str(tmp_path), "--steps", "400", OMP_NUM_THREADS="1")
+    result = run(script, "--output_dir", str(tmp_path), "--clips", "4", "--steps", "400", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     for clip in figures["temperature 0"]["clips"]:
         assert clip["mel_l1"] < 0.1 and clip["stopped"]
         assert abs(clip["frames"] - clip["real_frames"]) <= max(4, 0.1 * clip["real_frames"])
-    assert sorted(path.name for path in tmp_path.glob("*.wav")) == [f"{i}.wav" for i in range(8)]
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == [f"{i}.wav" for i in range(4)]

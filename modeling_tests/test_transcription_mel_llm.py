@@ -176,12 +176,12 @@ class TestTranscribe:
     @pytest.mark.parametrize("request_kwargs", [{}, {"language": "en", "prompt": "Names: Ada."}])
     def test_a_batch_is_one_by_one(self, tiny, talk, request_kwargs):
         model, processor = tiny
-        audio, _ = talk
+        audio = talk[0][: len(talk[0]) // 2]
         together, alone = (
             transcribe(model, processor, audio, batch_size=size, max_segment_seconds=8, **request_kwargs)
             for size in (4, 1)
         )
-        assert together == alone and len(together.segments) > 8
+        assert together == alone and len(together.segments) > 4
         assert together.duration == len(audio) / RATE and not together.truncated
         assert together.text == join_texts(segment.text for segment in together.segments)
         assert model.transcribe(audio, processor, max_segment_seconds=8, **request_kwargs) == together
@@ -320,10 +320,10 @@ def test_texts_are_joined_as_their_scripts_are():
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Ten minutes and two hours through a model that only counts."""
+    """Ten minutes and an hour through a model that only counts."""
     block = noise(10, 0.1)[::2]  # 8 kHz, so that it is resampled too
     peaks = {}
-    for minutes in (10, 120):
+    for minutes in (10, 60):
         path = tmp_path / f"{minutes}.wav"
         with soundfile.SoundFile(path, "w", 8000, 1, "PCM_16") as file:
             for _ in range(minutes * 6):
@@ -353,9 +353,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, tracemalloc.get
         peaks[minutes] = [float(number) for number in result.stdout.split()]
         path.unlink()
     print(f"peak memory in MiB, of the process and of the transcription, by minutes of audio: {peaks}")
-    assert peaks[120][0] < peaks[10][0] + 24  # two hours as float32 are 440 MiB
+    assert peaks[60][0] < peaks[10][0] + 24  # an hour as float32 is 220 MiB
     # The process's peak is that of the imports; what the audio takes by itself is a batch and a window
-    assert peaks[120][1] < peaks[10][1] + 4 and peaks[120][1] < 48
+    assert peaks[60][1] < peaks[10][1] + 4 and peaks[60][1] < 48
 
 
 def test_public_names():

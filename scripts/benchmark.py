@@ -106,6 +106,7 @@ class Plan:
     throughput_batch_sizes: tuple[int, ...] = (1, 16, 128)
     new_tokens: int = 64
     paper_stem: bool = True
+    memory_cases: tuple[str, ...] | None = None  # of MEMORY_CASES; None: all
 
     @classmethod
     def quick(cls, **fields) -> "Plan":
@@ -119,6 +120,7 @@ class Plan:
             throughput_batch_sizes=(1, 2),
             new_tokens=4,
             paper_stem=False,
+            memory_cases=("features_mel_llm", "generate_backbone"),
             **{**fields, "rounds": 2, "size": "tiny"},
         )
 
@@ -495,7 +497,7 @@ MEMORY_CASES = {
 def memory_section(plan: Plan, options: list[str]) -> dict:
     """Each case in a process of its own: memory that one case has freed would be there for the next."""
     results = {}
-    for name in MEMORY_CASES:
+    for name in plan.memory_cases or MEMORY_CASES:
         paper_stem_differs = plan.paper_stem and SIZES[plan.size]["audio"]
         if name == "generate_paper_stem" and not paper_stem_differs:
             continue

@@ -36,7 +36,8 @@ export HF_HOME="$VENV/.huggingface"
 unset HF_HUB_CACHE HF_DATASETS_CACHE HF_MODULES_CACHE TRANSFORMERS_CACHE HF_TOKEN HF_ENDPOINT
 
 # One process per core, one thread per process: the models are tiny, and torch's threads in several processes on the same
-# cores slow each other down many times over. loadfile keeps a module's fixtures in one process.
+# cores slow each other down many times over. loadfile keeps a module's fixtures in one process;
+# conftest.py says which modules begin.
 workers=$("$python" -c 'import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -46,7 +47,7 @@ style=0
 "$python" -m ruff format --check src modeling_tests scripts || style=1
 
 tests=0
-"$python" -m pytest -n "$workers" --dist loadfile "$@" || tests=$?
+"$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations 30 "$@" || tests=$?
 
 if [[ "$style" != 0 ]]; then
     say "error: ruff has findings (above, before the tests)."
