@@ -52,6 +52,25 @@ def test_the_phases_of_a_training_follow_each_other(script, tmp_path):
     assert len((tmp_path / "curves" / "small.csv").read_text().splitlines()) == 3
 
 
+def test_a_training_that_goes_on_later_has_one_curve(script, tmp_path):
+    """The logs of what was before may be gone; the table is there."""
+    reading, joint = (
+        write_run(
+            tmp_path / name,
+            [{"step": step, "epoch": step / 7, "loss": 3.3, f"asr_{name}": 1 / step} for step in (5, 7)],
+        )
+        for name in ("reading", "joint")
+    )
+    script.main([reading, joint, "--output", str(tmp_path / "whole")])
+    script.main([reading, "--output", str(tmp_path / "curve")])
+    script.main([str(tmp_path / "curve.csv"), joint, "--output", str(tmp_path / "curve"), "--overwrite"])
+    assert (tmp_path / "curve.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    for text in ("", "a,b\n1,2\n", "run,step\nx,y\n"):
+        (tmp_path / "other.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"other.csv is not a table of learning_curve.py"):
+            script.main([str(tmp_path / "other.csv"), "--output", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("history", [[], [{"step": 1, "epoch": 1.0, "train_runtime": 2.0}]])
 def test_a_run_without_a_log_is_told(script, tmp_path, history):
     run = write_run(tmp_path / "run", history)

@@ -2,9 +2,10 @@
 
     python scripts/learning_curve.py runs/small --output docs/curves/small
     python scripts/learning_curve.py runs/reading runs/joint --output docs/curves/small   # one after the other
+    python scripts/learning_curve.py docs/curves/small.csv runs/more --output docs/curves/small --overwrite   # gone on with
 
 A run is its --output_dir, one of its checkpoints, or a folder that scripts/pack.py made of it: what is read is
-trainer_state.json. Needs matplotlib. Nothing is overwritten without --overwrite.
+trainer_state.json. A .csv of this script stands for the runs in it. Needs matplotlib. Nothing is overwritten without --overwrite.
 """
 
 import argparse
@@ -58,14 +59,37 @@ def read_log(run: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
+def read_table(path: Path) -> list[dict]:
+    """The rows that this script has written before.
+
+    Raises:
+        OSError, ValueError: There is no such file, or it is none of this script's.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    try:
+        rows = [
+            {
+                "run": row.pop("run"),
+                "step": int(row.pop("step")),
+                **{name: float(value) for name, value in row.items() if value},
+            }
+            for row in table
+        ]
+    except (KeyError, TypeError, ValueError):
+        rows = []
+    if not rows:
+        raise ValueError(f"{path} is not a table of learning_curve.py.")
+    return rows
+
+
 def read_runs(runs: list[Path]) -> list[dict]:
     """The rows of several phases, with steps and epochs counted through, and the phase's name."""
     rows, steps, epochs = [], 0, 0.0
     for run in runs:
-        log = read_log(run)
+        log = read_table(run) if run.suffix == ".csv" else [{"run": run.name, **row} for row in read_log(run)]
         rows += [
-            {"run": run.name, **row, "step": row["step"] + steps, "epoch": round(row.get("epoch", 0.0) + epochs, 4)}
-            for row in log
+            {**row, "step": row["step"] + steps, "epoch": round(row.get("epoch", 0.0) + epochs, 4)} for row in log
         ]
         steps, epochs = rows[-1]["step"], rows[-1]["epoch"]
     return rows
