@@ -38,7 +38,7 @@ SYNTHETIC = {
     f"(CMU's permissive licence) and espeak-ng 1.51 (its output is free), {TEXTS}",
 }
 MORE_VOICES = {
-    "name": "more-libritts-slow",
+    "name": "more-libritts",
     "license": "CC-BY-4.0",
     "attribution": "Synthetic speech of Piper's en_US-libritts_r-medium, 904 voices of LibriTTS-R (https://www.openslr.org/141, "
     f"Koizumi et al. 2023; CC BY 4.0 by the name of the voice, whose own card was not at hand), {TEXTS}",
@@ -53,9 +53,9 @@ MORE = [
 DESCRIPTION = (
     "A small language model that writes down English speech, and the model that the demo of the package `mel_llm` comes with. "
     "Six layers of SmolLM2-135M-Instruct (0-2 and 27-29), with 4000 of its tokens, read log-mel frames at 12.5 audio tokens a "
-    "second. **It is in training and no recogniser to rely on**: two CPU cores had less than two hours for it, from the bare language "
-    "model, with 22 hours of almost only synthetic speech. It shows that the method and the training of the package work, how far that "
-    "little takes them, and is a place to go on from. (What is said of its training below is the last of seven phases; the others are in "
+    "second. **It is in training and no recogniser to rely on**: two CPU cores had some three hours for it, from the bare language "
+    "model, with 27 hours of almost only synthetic speech. It shows that the method and the training of the package work, how far that "
+    "little takes them, and is a place to go on from. (What is said of its training below is the last of ten phases; the others are in "
     "`docs/results.md` of the package.)"
 )
 INTENDED_USE = (
