@@ -58,7 +58,7 @@ def test_quick_run_has_every_section(benchmark, quick):
     for generation in results["generation"]:
         assert sum(generation["share"].values()) == pytest.approx(1.0, abs=1e-3)
         assert generation["audio_tokens"] > 0
-    assert set(results["memory"]["cases"]) == {"features_mel_llm", "generate_backbone"}
+    assert set(results["memory"]["cases"]) == {"features_mel_llm", "generate_backbone", "generate_mel_llm"}
     assert all(case["peak_mib"] >= case["before_mib"] > 0 for case in results["memory"]["cases"].values())
     assert results["training"]["label_tokens"] > 0
     assert results["throughput"] == {"not_measured": "no CUDA GPU at hand"}

@@ -120,7 +120,7 @@ class Plan:
             throughput_batch_sizes=(1, 2),
             new_tokens=4,
             paper_stem=False,
-            memory_cases=("features_mel_llm", "generate_backbone"),
+            memory_cases=("features_mel_llm", "generate_backbone", "generate_mel_llm"),
             **{**fields, "rounds": 2, "size": "tiny"},
         )
 
