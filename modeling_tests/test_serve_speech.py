@@ -512,19 +512,24 @@ def test_the_end_of_the_server_does_not_wait_for_half_a_body(loaded, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_speech_that_the_end_breaks_off_leaves_no_traceback(loaded, caplog):
-    speaker = Speaker(seconds=float("inf"))
-    speaker.gate.set()
-    address, _ = loaded(speaker, shutdown_seconds=1, max_seconds=1e6)
+def hear_it_break_off(address: str, end) -> None:
+    """Asks for endless speech and has it ended: that must not look like its end."""
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
     asked = {"model": "mel", "input": "Yes.", "voice": "default", "response_format": "pcm"}
     with client.audio.speech.with_streaming_response.create(**asked) as answer:
         stream = answer.iter_bytes()
         next(stream)
-        loaded.servers[0][0].should_exit = True
+        end()
         with pytest.raises(Exception, match=BROKEN):
             for _ in stream:
                 pass
+
+
+def test_speech_that_the_end_breaks_off_leaves_no_traceback(loaded, caplog):
+    speaker = Speaker(seconds=float("inf"))
+    speaker.gate.set()
+    address, _ = loaded(speaker, shutdown_seconds=1, max_seconds=1e6)
+    hear_it_break_off(address, lambda: setattr(loaded.servers[0][0], "should_exit", True))
     loaded.servers[0][1].join(5)
     assert not loaded.servers[0][1].is_alive()
     assert "Speech was broken off" in caplog.text
@@ -536,15 +541,7 @@ def test_speech_that_the_worker_ends_is_not_taken_for_whole(loaded, caplog):
     speaker = Speaker(seconds=float("inf"))
     speaker.gate.set()
     address, worker = loaded(speaker, max_seconds=1e6)
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
-    asked = {"model": "mel", "input": "Yes.", "voice": "default", "response_format": "pcm"}
-    with client.audio.speech.with_streaming_response.create(**asked) as answer:
-        stream = answer.iter_bytes()
-        next(stream)
-        worker.close()
-        with pytest.raises(Exception, match=BROKEN):
-            for _ in stream:
-                pass
+    hear_it_break_off(address, worker.close)
     assert "Speech was broken off" in caplog.text
 
 

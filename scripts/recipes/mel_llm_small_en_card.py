@@ -37,15 +37,15 @@ SYNTHETIC = {
     "attribution": "Synthetic speech of Kokoro-82M v1.0 (Apache-2.0), Piper's en_US-joe-medium (CC0), Flite 2.2's slt, awb and kal16 "
     f"(CMU's permissive licence) and espeak-ng 1.51 (its output is free), {TEXTS}",
 }
-MORE_VOICES = {
-    "name": "more-libritts",
-    "license": "CC-BY-4.0",
-    "attribution": "Synthetic speech of Piper's en_US-libritts_r-medium, 904 voices of LibriTTS-R (https://www.openslr.org/141, "
-    f"Koizumi et al. 2023; CC BY 4.0 by the name of the voice, whose own card was not at hand), {TEXTS}",
-}
 MORE = [
     {"name": f"more-{engine}", "license": licence, "attribution": f"Synthetic speech of {voices}, {TEXTS}"}
     for engine, licence, voices in (
+        (
+            "libritts",
+            "CC-BY-4.0",
+            "Piper's en_US-libritts_r-medium, 904 voices of LibriTTS-R (https://www.openslr.org/141, Koizumi et al. 2023; CC BY 4.0 by "
+            "the name of the voice, whose own card was not at hand)",
+        ),
         ("flite", "CMU's permissive licence", "Flite 2.2's slt, awb and kal16"),
         ("espeak", "free", "espeak-ng 1.51"),
     )
@@ -118,7 +118,7 @@ def main() -> None:
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         language="en",
         license="cc-by-sa-3.0",
-        data=[REAL, SYNTHETIC, MORE_VOICES, *MORE],
+        data=[REAL, SYNTHETIC, *MORE],
         samples=add_samples(arguments.folder),
         evaluations=sorted(arguments.measured.glob("scores/*.json")),
         intended_use=f"{INTENDED_USE} {describe_peers(arguments.measured / 'results.json')}",

@@ -132,6 +132,10 @@ class SpeechError(Exception):
         return JSONResponse(content, status_code=self.status, headers=headers)
 
 
+def _shutting_down() -> SpeechError:
+    return SpeechError(503, "The server is shutting down.", code="shutting_down")
+
+
 class _Cancelled(Exception):
     """Nobody waits for this speech any more."""
 
@@ -203,7 +207,7 @@ class SpeechWorker:
             SpeechError: The line is full, or the server is ending.
         """
         if not self.is_open:
-            raise SpeechError(503, "The server is shutting down.", code="shutting_down")
+            raise _shutting_down()
         if self._num_held > self.limits.max_queue:
             raise SpeechError(
                 429,
@@ -230,7 +234,7 @@ class SpeechWorker:
             self._changed.notify()
         self.closing.set()
         for job in waiting:
-            job.send(SpeechError(503, "The server is shutting down.", code="shutting_down"))
+            job.send(_shutting_down())
 
     def close(self, seconds: float = 10.0) -> None:
         """Ends the thread, and with it what is being spoken."""
@@ -263,7 +267,7 @@ class SpeechWorker:
             job.send(encoder.finish())
         except _Cancelled:
             if not self._open:  # the client may still be there, and must not take this for the end
-                return SpeechError(503, "The server is shutting down.", code="shutting_down")
+                return _shutting_down()
             logger.info("A client went away; its speech was ended.")
         except SpeechError as error:
             return error
@@ -510,7 +514,7 @@ async def _read_body(request: Request, closing: asyncio.Event) -> bytes:
         reading.cancel()
         ended.cancel()
     if closing.is_set():
-        raise SpeechError(503, "The server is shutting down.", code="shutting_down")
+        raise _shutting_down()
     raise SpeechError(408, f"The request did not come within {_BODY_SECONDS:g} seconds.")
 
 
