@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import subprocess
 from pathlib import Path
 
@@ -81,11 +82,45 @@ def test_texts_and_spectrograms(speaking_tiny, speech_clips):
     request = processor.apply_speech_request([example["text"] for example in examples])
     assert torch.equal(request["input_ids"], batch["input_ids"])
 
+    spelt = SynthesisCollator(processor, spell=True)(examples)["transcript_bytes"]
+    assert [bytes(row[row != -100].tolist()).decode() for row in spelt] == [
+        " ".join(re.sub("[^a-z' ]", "", example["text"].lower()).split()) for example in examples
+    ]
+
     tasks = TaskCollator({"asr": TranscriptionCollator(processor), "tts": SynthesisCollator(processor)})
     as_tasks = [{**example, "task": "tts"} for example in examples]
     assert torch.equal(tasks(as_tasks)["labels"], batch["labels"])
     with pytest.raises(ValueError, match=r"one task, got \['asr', 'tts'\]"):
         tasks([{**examples[0], "task": "asr"}, as_tasks[1]])
+
+
+def test_a_run_learns_to_spell_what_it_will_say_and_to_go_on_from_what_it_said(script, folder, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+    forward = MelLLMForTextToSpeech.forward
+    monkeypatch.setattr(
+        MelLLMForTextToSpeech,
+        "forward",
+        lambda self, *args, **kwargs: (
+            seen.append((self.training, self.history_sampling)) or forward(self, *args, **kwargs)
+        ),
+    )
+    speech = ["--speech_config", json.dumps({"history_dropout": 0.1, "ctc_weight": 0.5, "ctc_rate": 4})]
+    arguments = [
+        "--tasks",
+        "tts",
+        *SCRATCH,
+        *speech,
+        "--history_sampling",
+        "0.25",
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+    ]
+    output = train(script, *words(folder, tmp_path / "run", *arguments))
+    assert (True, 0.25) in seen and (True, 0.0) not in seen
+    assert all(entry["tts_ctc"] > 0 for entry in log_history(tmp_path / "run") if "tts_ctc" in entry)
+    assert any("tts_ctc" in entry for entry in log_history(tmp_path / "run")), output
 
 
 def test_a_clip_follows_another_of_the_same_speaker(folder, speech_clips):  # noqa: F811
@@ -317,6 +352,8 @@ def test_what_cannot_work_is_told_before_training(script, folder, tmp_path, argu
         (["--tasks", "tts", "--text_dropout", "0.1"], "--text_dropout is for reading"),
         (["--packing", "--text_dropout", "0.1"], "--text_dropout is for reading"),
         (["--text_dropout", "1"], "--text_dropout must be at least 0 and less than 1"),
+        (["--history_sampling", "0.5"], "--history_sampling is for speaking"),
+        (["--tasks", "tts", "--history_sampling", "2"], "--history_sampling must be from 0 to 1"),
     ],
 )
 def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message, capsys):  # noqa: F811

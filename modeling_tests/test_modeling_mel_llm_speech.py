@@ -32,6 +32,7 @@ from mel_llm import (
     load_audio,
 )
 from mel_llm.speech_generation_mel_llm import _SpeechOptions
+from mel_llm.training import SynthesisCollator
 
 
 def build_speaking(
@@ -90,6 +91,34 @@ def test_generation_is_teacher_forcing(tokenizer, family, share_embed, head_type
     hidden = model._teacher_forced_states(inputs["input_ids"], inputs["attention_mask"], frames, lengths)
     mean, _ = model.speech_head.distribution(hidden[:, :-1])
     torch.testing.assert_close(model.speech_head._frames(model.speech_head.decode(mean)), frames, rtol=1e-5, atol=1e-5)
+
+
+def test_the_history_may_be_the_models_own_in_training(tokenizer, speech_clips):
+    model, processor = build_speaking(tokenizer, head_type="deterministic")
+    batch = SynthesisCollator(processor)([{"audio": clip["array"], "text": clip["text"]} for clip in speech_clips[:2]])
+    histories = []
+    embed = model._embed_history
+    model._embed_history = lambda frames, lengths: histories.append(frames) or embed(frames, lengths)
+    recorded = model(**batch).losses["before"]
+    model.history_sampling = 0.5
+    assert (
+        torch.equal(model(**batch).losses["before"], recorded) and len(histories) == 2
+    )  # an evaluation has none of it
+    model.train()
+    torch.manual_seed(0)
+    loss = model(**batch).loss
+    loss.backward()
+    first, second = (frames.unflatten(1, (-1, 4)) for frames in histories[2:])
+    torch.testing.assert_close(first.flatten(1, 2), histories[0])
+    own = (first != second).flatten(2).any(-1)
+    assert 0.3 < own.float().mean() < 0.7
+    # Whole patches, and those that it would have written behind the recording
+    with torch.no_grad():
+        model.eval()
+        lengths = -(-(batch["labels"] != -100).all(-1).sum(-1) // 4) * 4
+        states = model._states_behind(batch["input_ids"], batch["attention_mask"], first.flatten(1, 2), lengths)
+        written = model.speech_head.sample(states[:, :-1].flatten(0, 1)).unflatten(0, own.shape)
+    torch.testing.assert_close(second[own], written[own], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("reduction_factor", [1, 2, 8])

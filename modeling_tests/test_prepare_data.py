@@ -592,7 +592,13 @@ def test_pipers_voices(tmp_path, monkeypatch):
     speakers = {voice.speaker for voice in choose_voices({"piper": engine}, [])}
     assert speakers == {"piper_en_US_arctic_eey", "piper_en_US_joe"}
     audio, rate = engine.speak("Hello.", "en_US-arctic-medium:eey", 1.2)
-    assert len(audio) == 10 and rate == 22050 and spoken == [{"speaker_id": 1, "length_scale": pytest.approx(1.0)}]
+    assert len(audio) == 10 and rate == 22050
+    fields = {"length_scale": pytest.approx(1.0), "noise_scale": 0.667, "noise_w_scale": 0.8}  # Piper's own defaults
+    assert spoken == [{"speaker_id": 1, **fields}]
+    make_engine("piper", EngineOptions(piper_voices=files, piper_variation=0.0)).speak(
+        "Hello.", "en_US-joe-medium", 1.0
+    )
+    assert spoken[1] == {"speaker_id": None, "length_scale": 1.2, "noise_scale": 0.0, "noise_w_scale": 0.0}
     (tmp_path / "es_MX-x.onnx.json").write_text(json.dumps({"espeak": {"voice": "es"}}))
     (tmp_path / "es_MX-x.onnx").write_bytes(b"")
     for name, message in (("es_MX-x", "speaks es"), ("none", "needs its none.onnx.json")):

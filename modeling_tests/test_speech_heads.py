@@ -118,6 +118,27 @@ def test_terms_add_up_with_their_weights_and_the_warm_up(tokenizer):
     assert head.num_updates == 4
 
 
+def test_states_spell_what_is_said_in_them(tokenizer):
+    """Two patches with two places each, all sure of their letters: "ab" fits them, and other letters cost what they are
+    unlikely."""
+    head = make_head(tokenizer, ctc_weight=2.0, ctc_rate=2, loss_scale=0.1).eval()
+    hidden, target, lengths = torch.zeros(2, 3, 64), torch.zeros(2, 8, 80), torch.tensor([8, 8])
+    with torch.no_grad():
+        head.speller.proj.weight.zero_()
+        scores = torch.full((2, 256), -100.0)
+        scores[0, ord("a")] = scores[1, ord("b")] = scores[1, 0] = 0.0  # an a, and a b half of the time
+        head.speller.proj.bias.copy_(scores.flatten())
+    # "abab" must take the b twice; "aba" one of two (the other place empty); per letter, and weighted
+    letters = torch.tensor([[*b"abab"], [*b"aba", -100]])
+    terms, _ = head.loss(hidden, target, lengths, letters)
+    first, second = 2 * math.log(2) / 4, 2 * math.log(2) / 3
+    assert terms["ctc"].item() == pytest.approx(2.0 * (first + second) / 2, rel=1e-4)
+    without, _ = head.loss(hidden, target, lengths)
+    assert "ctc" not in without
+    assert terms["loss"].item() == pytest.approx(without["loss"].item() + terms["ctc"].item(), rel=1e-4)
+    assert make_head(tokenizer).speller is None
+
+
 @pytest.mark.parametrize("head_type", ["vae", "sigma_vae", "deterministic"])
 def test_every_parameter_gets_a_gradient(tokenizer, head_type):
     head = make_head(tokenizer, head_type=head_type, kl_warmup_steps=0, share_embed=True)

@@ -74,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     synthetic.add_argument(
         "--piper_voices", type=Path, nargs="+", default=[], help="NAME.onnx, NAME.onnx.json beside."
     )
+    synthetic.add_argument(
+        "--piper_variation",
+        type=float,
+        default=1.0,
+        help="How much of the chance in Piper's voices is left; with 0 a text is always said in the same way. Default: 1.",
+    )
     synthetic.add_argument("--kokoro_model", type=Path, help="Kokoro-82M v1.0 as ONNX.")
     synthetic.add_argument("--kokoro_voices", type=Path, help="Folder with VOICE.bin, or one .npz.")
     synthetic.add_argument(
@@ -104,14 +110,23 @@ def run_synthetic(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--hours must be more than 0, got {arguments.hours}.")
     if arguments.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {arguments.workers}.")
+    if not 0 <= arguments.piper_variation <= 2:
+        raise ValueError(f"--piper_variation must be from 0 to 2, got {arguments.piper_variation}.")
     sentences, digest = load_sentences(arguments.texts)
     options = EngineOptions(
-        tuple(arguments.piper_voices), arguments.kokoro_model, arguments.kokoro_voices, arguments.kokoro_mixtures
+        piper_voices=tuple(arguments.piper_voices),
+        piper_variation=arguments.piper_variation,
+        kokoro_model=arguments.kokoro_model,
+        kokoro_voices=arguments.kokoro_voices,
+        kokoro_mixtures=arguments.kokoro_mixtures,
     )
     engines = available_engines(arguments.engines, options)
     voices = choose_voices(engines, arguments.voices)
     plan = SynthesisPlan(tuple(sentences), tuple(voices), arguments.seed, *arguments.speeds)
-    synthesis = Synthesis(plan, arguments.output_dir, {"texts": digest}, f".{arguments.format}")
+    settings = {"texts": digest}
+    if arguments.piper_variation != 1:  # only then, so that folders which were begun without it go on
+        settings["piper_variation"] = arguments.piper_variation
+    synthesis = Synthesis(plan, arguments.output_dir, settings, f".{arguments.format}")
     synthesis.run(arguments.hours, engines, options, arguments.workers)
     return 0
 

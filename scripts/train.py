@@ -382,6 +382,7 @@ def prepare(argv: list[str]) -> Run | None:
         compile_layers(model)
 
     later = data_args.features_on_device
+    spells_speech = "tts" in data_args.tasks and model.config.speech_config.ctc_weight > 0
     reading = {
         "processor": processor,
         "spec_augment": spec_augment(data_args),
@@ -391,7 +392,7 @@ def prepare(argv: list[str]) -> Run | None:
     }
     collators = {
         "asr": TranscriptionCollator(**reading),
-        "tts": SynthesisCollator(processor, features_later=later),
+        "tts": SynthesisCollator(processor, features_later=later, spell=spells_speech),
         "continuation": ContinuationCollator(
             processor, prompt_cut(data_args), data_args.skip_text_probability, features_later=later
         ),
@@ -416,6 +417,7 @@ def prepare(argv: list[str]) -> Run | None:
         train_sampler=sampler,
         ctc_only_steps=training_args.ctc_only_steps,
         text_dropout=training_args.text_dropout,
+        history_sampling=training_args.history_sampling,
         train_collator=train_collator,
     )
     length = length_of(training_args, model_args, data_args)

@@ -323,7 +323,10 @@ class MelLLMSpeechConfig(PreTrainedConfig):
             (paper; MELLE).
         delta_weight (`float`, defaults to 0.0), delta_lags (`int`, defaults to 2): SPECTRON's difference terms: of
             neighbouring bins, and of frames 1 to `delta_lags` apart.
-        loss_scale (`float`, defaults to 1.0): Factor of the whole objective (ours); 1 / `num_mel_bins` brings its sums
+        ctc_weight (`float`, defaults to 0.0), ctc_rate (`int`, defaults to 1): A CTC loss of the text's letters on the states
+            that predict patches, and the letters that each has room for (ours): to say which letters come, a state must find
+            its place in the text. In training alone; 0 leaves it out. Not scaled by `loss_scale`.
+        loss_scale (`float`, defaults to 1.0): Factor of the rest of the objective (ours); 1 / `num_mel_bins` brings its sums
             over bins to the size of a cross-entropy, for training both directions in one run.
         min_tokens_per_second (`float`, defaults to 1.5): Speech is cut after this: a text of n tokens may take
             2 seconds and n over this (ours).
@@ -380,6 +383,8 @@ class MelLLMSpeechConfig(PreTrainedConfig):
     stop_positive_weight: float = 100.0
     delta_weight: float = 0.0
     delta_lags: int = 2
+    ctc_weight: float = 0.0
+    ctc_rate: int = 1
     loss_scale: float = 1.0
     min_tokens_per_second: float = 1.5
     max_silence_seconds: float = 2.0
@@ -404,9 +409,11 @@ class MelLLMSpeechConfig(PreTrainedConfig):
             "stop_weight",
             "stop_positive_weight",
             "delta_weight",
+            "ctc_weight",
             "loss_scale",
         ):
             _check_number(self, name, 0.0)
+        _check_int(self, "ctc_rate", maximum=16)
         # A text of n tokens takes n over the first, so a tiny one would be speech for ever
         _check_number(self, "min_tokens_per_second", 0.01, 1000.0)
         _check_number(self, "max_silence_seconds", 0.0, 86400.0)

@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple, logging
 from .configuration_mel_llm import MelLLMAudioConfig, MelLLMConfig
 from .generation_mel_llm import MelLLMGenerationMixin
 from .sharing_mel_llm import MelLLMSharingMixin, SafetensorsOnlyMixin
+from .speller_mel_llm import MelLLMSpeller, spelling_loss
 
 
 logger = logging.get_logger(__name__)
@@ -333,23 +334,17 @@ class MelLLMAudioEmbedder(MelLLMPreTrainedModel):
         return hidden_states
 
 
-class MelLLMCTCHead(nn.Module):
-    """Bytes of the transcript from the states of the audio tokens, `ctc_rate` places to each; class 0 is the blank."""
+class MelLLMCTCHead(MelLLMSpeller):
+    """Bytes of the transcript from the states of the audio tokens."""
 
     def __init__(self, config: MelLLMConfig):
-        super().__init__()
         text_config, audio_config = config.text_config, config.audio_config
-        self.rate = audio_config.ctc_rate
+        super().__init__(text_config.hidden_size, audio_config.ctc_rate)
         self.layer = audio_config.ctc_layer or max(1, 2 * text_config.num_hidden_layers // 3)
         if self.layer > text_config.num_hidden_layers:
             raise ValueError(
                 f"`ctc_layer` is {self.layer}, but the language model has {text_config.num_hidden_layers} layers."
             )
-        self.proj = nn.Linear(text_config.hidden_size, 256 * self.rate)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., n, D)` states of audio tokens to scores `(..., n * ctc_rate, 256)`."""
-        return self.proj(hidden_states).unflatten(-1, (self.rate, 256)).flatten(-3, -2)
 
     def log_probs(self, hidden_states: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States `(B, L, D)` of rows whose audio tokens stand side by side at `places` `(B, L)`, to what is spelt at them,
@@ -363,17 +358,7 @@ class MelLLMCTCHead(nn.Module):
     def loss(self, hidden_states: torch.Tensor, places: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """States and places as in `log_probs`, and bytes `(B, M)` padded with -100, to the loss of a byte `(B,)`: 0 for a
         row whose transcript has too many."""
-        scores, counts = self.log_probs(hidden_states, places)
-        sizes = (labels != -100).sum(-1)
-        losses = nn.functional.ctc_loss(
-            scores.transpose(0, 1),
-            labels.clamp(min=0),
-            counts,
-            sizes,
-            reduction="none",
-            zero_infinity=True,
-        )
-        return losses / sizes.clamp(min=1)
+        return spelling_loss(*self.log_probs(hidden_states, places), labels)
 
 
 class MelLLMTokenBytes(nn.Module):

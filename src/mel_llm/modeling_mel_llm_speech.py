@@ -60,6 +60,8 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
             )
         super().__init__(config)
         self.speech_head = MelLLMSpeechHead(config)
+        # Share of the history that is the model's own in training; see `SpeechTrainer.history_sampling`
+        self.history_sampling = 0.0
         self.vocoder = None
         if config.vocoder_config is not None:
             from .vocoder_mel_llm import build_vocoder
@@ -152,6 +154,8 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
             attention_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*): 0 for padding, on either side.
             labels (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`): Its log-mel spectrogram, not normalised,
                 padded on the right with -100.
+            transcript_bytes (`torch.Tensor` of shape `(batch, letters)`, *optional*): The text's letters for the CTC term of
+                `speech_config.ctc_weight`, as [`mel_llm.training.ctc_bytes`] makes them, padded with -100.
 
         Returns:
             [`MelLLMSpeechOutput`].
@@ -181,7 +185,7 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
         self._check_spectrogram(labels, mask, lengths, len(input_ids))
         target, lengths = self._whole_patches(self.normalize(labels), lengths)
         hidden_states = self._teacher_forced_states(input_ids, attention_mask, target, lengths)
-        losses, spectrogram = self.speech_head.loss(hidden_states, target, lengths)
+        losses, spectrogram = self.speech_head.loss(hidden_states, target, lengths, transcript_bytes)
         return MelLLMSpeechOutput(
             loss=losses["loss"],
             losses={name: value.detach() for name, value in losses.items()},
@@ -215,8 +219,27 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
 
     def _teacher_forced_states(self, input_ids, attention_mask, target, lengths) -> torch.Tensor:
         """States at "begin" and at each patch, `(B, M + 1, D)`."""
+        if self.training and self.history_sampling > 0:
+            with torch.no_grad():
+                states = self._states_behind(input_ids, attention_mask, target, lengths)[:, :-1]
+                own = self.speech_head.sample(states.flatten(0, 1), self._noise(states), 1.0)
+            # `(B * M, r, F)` to frames, of which whole patches take the places of the recording's
+            own = own.unflatten(0, states.shape[:2])
+            taken = torch.rand(states.shape[:2], device=target.device) < self.history_sampling
+            patches = target.unflatten(1, (-1, self.speech_head.reduction_factor))
+            target = torch.where(taken[..., None, None], own.to(target.dtype), patches).flatten(1, 2)
+        return self._states_behind(input_ids, attention_mask, target, lengths)
+
+    def _noise(self, states: torch.Tensor) -> torch.Tensor | None:
+        """What a patch behind each state `(B, M, D)` is drawn with, `(B * M, r * F)`."""
+        head = self.speech_head
+        size = head.reduction_factor * head.num_mel_bins
+        return torch.randn(states.shape[0] * states.shape[1], size, device=states.device) if head.is_random else None
+
+    def _states_behind(self, input_ids, attention_mask, frames, lengths) -> torch.Tensor:
+        """States at "begin" and at each patch of a history of normalised frames, `(B, M + 1, D)`."""
         text, text_mask = self._speech_prompt(input_ids, attention_mask)
-        history = self._embed_history(target, lengths)
+        history = self._embed_history(frames, lengths)
         begin = self.speech_head.begin.to(history.dtype).expand(len(text), 1, -1)
         embeds = self.get_input_embeddings()(text)
         inputs_embeds = torch.cat([embeds, begin.to(embeds.dtype), history.to(embeds.dtype)], dim=1)

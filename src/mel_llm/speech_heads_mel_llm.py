@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .configuration_mel_llm import MelLLMConfig
+from .speller_mel_llm import MelLLMSpeller, spelling_loss
 
 
 _LOG_VARIANCE_RANGE = (-12.0, 4.0)  # keeps exp() finite at the beginning of training (ours)
@@ -177,6 +178,7 @@ class MelLLMSpeechHead(nn.Module):
             self.postnet = MelLLMPostNet(
                 self.num_mel_bins, speech.postnet_layers, speech.postnet_channels, speech.postnet_kernel_size
             )
+        self.speller = MelLLMSpeller(width, speech.ctc_rate) if speech.ctc_weight > 0 else None
         # Training steps so far, for the warm-up of the KL term; kept in the checkpoint, so a resumed run goes on
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
         # Forward passes stand for them unless somebody who knows better counts, as SpeechTrainer does
@@ -221,7 +223,11 @@ class MelLLMSpeechHead(nn.Module):
         return self.decode(mean).unflatten(-1, (self.reduction_factor, self.num_mel_bins))
 
     def loss(
-        self, hidden_states: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        target: torch.Tensor,
+        lengths: torch.Tensor,
+        letters: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """All terms of the objective, weighted, and the spectrogram that they were computed of.
 
@@ -229,6 +235,7 @@ class MelLLMSpeechHead(nn.Module):
             hidden_states: `(B, M + 1, D)`: state t predicts patch t, and the last one of a clip its end.
             target: `(B, T, F)` with T at most M * r.
             lengths: `(B,)`, frames.
+            letters: `(B, letters)`, bytes of the text padded with -100, for the CTC term; left out without them.
 
         Returns:
             A dict of scalars that add up to the loss, with their sum under `"loss"` and, for the log alone,
@@ -266,6 +273,11 @@ class MelLLMSpeechHead(nn.Module):
         terms["stop"] = config.stop_weight * stop_loss(logits, num_patches, config.stop_positive_weight)
         # Sums over bins are large beside a cross-entropy; this brings them to its size, whatever the number of bins
         terms = {name: config.loss_scale * term for name, term in terms.items()}
+        if self.speller is not None and letters is not None:
+            # A state that is to say which letters come has to find its place in the text. Of the size already
+            log_probs = self.speller(hidden_states[:, :-1]).float().log_softmax(-1)
+            losses = spelling_loss(log_probs, num_patches * config.ctc_rate, letters.to(log_probs.device))
+            terms["ctc"] = config.ctc_weight * losses.mean()
         terms["loss"] = torch.stack(list(terms.values())).sum()
         terms["mean_error"] = masked_frame_mean((mean - target).abs(), mask).detach() / target.shape[-1]
         if self.training and torch.is_grad_enabled():

@@ -22,12 +22,15 @@ class EngineOptions:
 
     Args:
         piper_voices: Voices of Piper, `NAME.onnx` with `NAME.onnx.json` beside it.
+        piper_variation (`float`, defaults to 1.0): How much of its voices' chance is left: with 0 a voice says a text in one
+            way only.
         kokoro_model (`Path`, *optional*): Kokoro-82M v1.0 as ONNX.
         kokoro_voices (`Path`, *optional*): Folder of `VOICE.bin`, or one `.npz` with all.
         kokoro_mixtures (`int`, defaults to 0): New voices that are mixed of two of these.
     """
 
     piper_voices: tuple[Path, ...] = field(default=())
+    piper_variation: float = 1.0
     kokoro_model: Path | None = None
     kokoro_voices: Path | None = None
     kokoro_mixtures: int = 0

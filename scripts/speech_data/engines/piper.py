@@ -17,7 +17,8 @@ class PiperEngine(SpeechEngine):
     """The Python package piper-tts with the voices of --piper_voices, or else those of packages that carry some.
 
     A voice is called like its file, `en_US-joe-medium`; one speaker of several `en_US-NAME-medium:SPEAKER`. Piper draws
-    random numbers that cannot be seeded, so a clip made again has the same words and speed and is not the same.
+    random numbers that cannot be seeded, so a clip made again has the same words and speed and is not the same, but for
+    `piper_variation` 0, which draws none: what is easiest to learn to say.
     """
 
     name = "piper"
@@ -34,6 +35,7 @@ class PiperEngine(SpeechEngine):
             )
         self.files = {file.stem: file for file in sorted(files)}
         self.configs = {name: _read_config(file) for name, file in self.files.items()}
+        self.variation = options.piper_variation
         self.models: dict = {}
 
     def voices(self) -> list[str]:
@@ -50,9 +52,13 @@ class PiperEngine(SpeechEngine):
         if name not in self.models:
             self.models[name] = PiperVoice.load(self.files[name])
         config = self.configs[name]
-        length = config.get("inference", {}).get("length_scale", 1.0)
-        speaker_id = config["speaker_id_map"][speaker] if speaker else None
-        settings = SynthesisConfig(speaker_id=speaker_id, length_scale=length / speed)
+        defaults = {"length_scale": 1.0, "noise_scale": 0.667, "noise_w": 0.8, **config.get("inference", {})}
+        settings = SynthesisConfig(
+            speaker_id=config["speaker_id_map"][speaker] if speaker else None,
+            length_scale=defaults["length_scale"] / speed,
+            noise_scale=defaults["noise_scale"] * self.variation,
+            noise_w_scale=defaults["noise_w"] * self.variation,
+        )
         chunks = list(self.models[name].synthesize(text, syn_config=settings))
         return np.concatenate([chunk.audio_int16_array for chunk in chunks]), chunks[0].sample_rate
 

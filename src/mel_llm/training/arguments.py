@@ -229,6 +229,13 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             "what it cannot read it has to hear."
         },
     )
+    history_sampling: float = field(
+        default=0.0,
+        metadata={
+            "help": "Speaking: share of the patches behind a place that are the model's own in training instead of the "
+            "recording's, as they are in generation. A step takes a third longer."
+        },
+    )
     compile_layers: bool = field(
         default=False,
         metadata={

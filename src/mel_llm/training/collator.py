@@ -13,6 +13,12 @@ from .augmentation import SpecAugment
 from .conditions import VoiceWarp
 
 
+def _letters(texts: list[str]) -> torch.Tensor:
+    """What CTC spells of the texts, `(batch, letters)`, padded with -100."""
+    letters = [torch.tensor(ctc_bytes(text), dtype=torch.long) for text in texts]
+    return torch.nn.utils.rnn.pad_sequence(letters, batch_first=True, padding_value=-100)
+
+
 @dataclass
 class TranscriptionCollator:
     r"""Batches for `Trainer` and `Seq2SeqTrainer` in Whisper's form: features, and the transcript alone as labels.
@@ -70,8 +76,7 @@ class TranscriptionCollator:
             batch["instructions"] = instructions
             batch["answers"] = [example[self.text_column] for example in examples]
         elif self.spell:
-            letters = [torch.tensor(ctc_bytes(example[self.text_column]), dtype=torch.long) for example in examples]
-            batch["transcript_bytes"] = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True, padding_value=-100)
+            batch["transcript_bytes"] = _letters([example[self.text_column] for example in examples])
         return batch if self.features_later else self.finish(batch)
 
     @functools.cached_property
@@ -115,18 +120,23 @@ class SynthesisCollator:
         audio_column, text_column: Keys of an example; its audio is anything that the processor takes.
         features_later (`bool`, defaults to `False`): Leave the waveforms in the batch, for [`SpeechTrainer`] to make
             the features on the model's device.
+        spell (`bool`, defaults to `False`): Add `transcript_bytes` `(batch, letters)` for a speech head with a CTC term.
     """
 
     processor: MelLLMProcessor
     audio_column: str = "audio"
     text_column: str = "text"
     features_later: bool = False
+    spell: bool = False
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_ids` and `attention_mask` `(batch, tokens)`, and `labels` `(batch, frames,
         num_mel_bins)`, padded on the right with -100."""
         # Not as a request, which refuses texts without words: one strange clip must not end a run
-        batch = self.processor.speech_tokens([example[self.text_column] for example in examples])
+        texts = [example[self.text_column] for example in examples]
+        batch = self.processor.speech_tokens(texts)
+        if self.spell:
+            batch["transcript_bytes"] = _letters(texts)
         batch["raw_speech"] = [example[self.audio_column] for example in examples]
         return batch if self.features_later else self.finish(batch)
 

@@ -76,6 +76,9 @@ class SpeechTrainer(Seq2SeqTrainer):
     Args:
         train_sampler ([`SpeechSampler`], *optional*): Order of a [`SpeechDataset`]; a [`TokenBudgetSampler`] also says what
             a batch is, in the place of `per_device_train_batch_size`.
+        history_sampling (`float`, defaults to 0.0): Share of the patches that a model which learns to speak has behind it which
+            are what it would have written itself, in the place of the recording's, as in generation (scheduled sampling, Bengio
+            et al., 2015; ours). Costs a forward pass more.
         train_collator (*optional*): Makes the batches for training, where they are others than those for evaluation:
             [`PackedTranscriptionCollator`].
         ctc_only_steps (`int`, defaults to 0): Steps at first in which the CTC head's loss is all that is learnt from
@@ -91,6 +94,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         train_sampler: SpeechSampler | None = None,
         ctc_only_steps: int = 0,
         text_dropout: float = 0.0,
+        history_sampling: float = 0.0,
         train_collator=None,
         **kwargs,
     ):
@@ -101,6 +105,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             self.label_names = ["labels"]
         self.ctc_only_steps = ctc_only_steps
         self.text_dropout = text_dropout
+        self.history_sampling = history_sampling
         self.train_sampler = train_sampler
         self.train_collator = train_collator
         self._terms = _Means()
@@ -159,10 +164,11 @@ class SpeechTrainer(Seq2SeqTrainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
-        if (self.ctc_only_steps or self.text_dropout) and model.training:
+        if (self.ctc_only_steps or self.text_dropout or self.history_sampling) and model.training:
             for module in model.modules():
                 if isinstance(module, MelLLMForSpeechSeq2Seq):
                     module.text_dropout = self.text_dropout
+                    module.history_sampling = self.history_sampling
                     module.text_loss_weight = float(self.state.global_step >= self.ctc_only_steps)
         weight = _weight(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
