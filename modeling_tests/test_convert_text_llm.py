@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_AUDIO, load_script, tiny_text_config
+from conftest import TINY_AUDIO, build_tiny, load_script, tiny_text_config
 from phi4mm_checkpoints import phi4_tokenizer, tiny_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
     AutoProcessor,
     AutoTokenizer,
     pipeline,
@@ -81,6 +82,46 @@ def test_another_chat_template(converter, tokenizer, tmp_path):
             [source, "--output_dir", str(tmp_path / "no"), "--chat_template", str(tmp_path / "nowhere.jinja"), *AUDIO]
         )
     assert not (tmp_path / "no").exists()
+
+
+def test_a_reader_becomes_a_speaker_of_letters(converter, tokenizer, speech_clips, tmp_path, capsys):
+    reader, processor = build_tiny(tokenizer, audio_config={"ctc_weight": 0.3})
+    reader.save_pretrained(tmp_path / "reader")
+    processor.save_pretrained(tmp_path / "reader")
+    template = tmp_path / "short.jinja"
+    template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    more = ["--letters_only", "--speaks", "--speech_instruction", "Say:", "--chat_template", str(template)]
+    more += ["--transcription_instruction", ""]
+    converter.main([str(tmp_path / "reader"), "--output_dir", str(tmp_path / "out"), *more])
+    speaker = AutoModelForTextToWaveform.from_pretrained(tmp_path / "out").eval()
+    its = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert its.tokenizer.tokenize("So it is.") == [*"SoĠitĠis."]
+    assert its.tokenizer.decode(speaker.config.speech_prefix_ids) == "Say:\n"
+    assert speaker.config.text_config.vocab_size == len(its.tokenizer) < len(tokenizer)
+
+    # It hears what the reader hears, and thinks of it what the reader thinks
+    features = processor(audio=speech_clips[0]["array"])
+    with torch.no_grad():
+        heard, before = (model.get_audio_features(features["input_features"]) for model in (speaker, reader.eval()))
+        torch.testing.assert_close(heard.pooler_output, before.pooler_output)
+        letters = its.tokenizer("be", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        same = torch.tensor([tokenizer.convert_tokens_to_ids(["b", "e"])])
+        torch.testing.assert_close(
+            speaker.model.language_model(input_ids=letters).last_hidden_state,
+            reader.model.language_model(input_ids=same).last_hidden_state,
+        )
+    assert torch.equal(speaker.ctc_head.proj.weight, reader.ctc_head.proj.weight)
+    assert len(speaker.generate(**its.apply_speech_request("So."), max_seconds=0.2)[0]) > 0
+
+    with pytest.raises(ValueError, match="--audio_config is for new ears"):
+        converter.main([str(tmp_path / "reader"), "--output_dir", str(tmp_path / "other"), *AUDIO])
+    with pytest.raises(SystemExit):
+        converter.parse_arguments(
+            ["x", "--output_dir", "y", "--letters_only", "--vocab_size", "9", "--vocab_texts", "z"]
+        )
+    converter.main([str(tmp_path / "reader"), "--output_dir", str(tmp_path / "llm"), "--text_only"])
+    text_model = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
+    assert torch.equal(text_model.lm_head.weight, reader.lm_head.weight)
 
 
 def test_a_language_model_is_only_made_smaller(converter, tokenizer, speech_clips, tmp_path, capsys):

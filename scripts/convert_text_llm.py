@@ -3,6 +3,9 @@
     python scripts/convert_text_llm.py HuggingFaceTB/SmolLM2-135M-Instruct --output_dir runs/start
     python scripts/convert_text_llm.py FOLDER/model.Q4_1.gguf --output_dir runs/start \\
         --layers 0-5,28,29 --vocab_size 8000 --vocab_texts sentences.txt --audio_config '{"reduction_factor": 4}' --speaks
+    python scripts/convert_text_llm.py hub_cards/mel-llm-small-en --output_dir runs/speaking-start --letters_only --speaks
+
+The third takes a Mel-LLM, whose language model becomes another one's, and whose ears, as far as they are trained, go with it.
 
 `scripts/train.py --model_name_or_path runs/start` trains it, and measures the normalisation of features first.
 `scripts/train.py` converts a model by itself, too; this script is for making one smaller on the way, and for looking at
@@ -16,10 +19,17 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from mel_llm import (
     MelLLMAudioConfig,
+    MelLLMConfig,
     MelLLMFeatureExtractor,
     MelLLMProcessor,
     MelLLMSpeechConfig,
@@ -31,9 +41,11 @@ from mel_llm.conversion import (
     forget_gguf,
     from_text_llm,
     keep_layers,
+    language_model_of,
     new_folder,
     parse_layers,
     prune_vocabulary,
+    take_ears,
 )
 from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters
@@ -41,7 +53,9 @@ from mel_llm.training import count_parameters
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a causal language model: a folder, a GGUF file, or a name on the Hub")
+    parser.add_argument(
+        "model", help="a causal language model, or a Mel-LLM: a folder, a GGUF file, or a name on the Hub"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder")
     parser.add_argument("--gguf_file", help="the GGUF file in that folder or repository")
     parser.add_argument("--revision", default="main")
@@ -49,8 +63,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", help="keep these, e.g. 0-5,28,29; all when left out")
     parser.add_argument("--vocab_size", type=int, help="keep the most frequent tokens of --vocab_texts")
     parser.add_argument("--vocab_texts", type=Path, nargs="+", default=[], help="text files, a text on each line")
+    parser.add_argument(
+        "--letters_only",
+        action="store_true",
+        help="keep the tokens of single bytes alone: texts are then written letter by letter, which suits a small speaker",
+    )
     parser.add_argument("--audio_config", default="{}", help="fields of MelLLMAudioConfig in JSON")
     parser.add_argument("--transcription_instruction", help="what the default prompt asks for")
+    parser.add_argument("--speech_instruction", help="what stands before a text that is to be spoken")
     parser.add_argument(
         "--chat_template", type=Path, help="a Jinja file in the place of the tokenizer's, e.g. with a shorter prompt"
     )
@@ -64,6 +84,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if (arguments.vocab_size is None) != (not arguments.vocab_texts):
         parser.error("--vocab_size and --vocab_texts go together.")
+    if arguments.letters_only and arguments.vocab_size is not None:
+        parser.error("--letters_only leaves no other tokens: leave --vocab_size out.")
     for name in ("audio_config", "speech_config"):
         try:
             fields = json.loads(getattr(arguments, name))
@@ -89,21 +111,36 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def load_text_llm(arguments: argparse.Namespace):
+def load_mel_llm(arguments: argparse.Namespace):
+    """The model and its processor, if it is a Mel-LLM that is taken; else None."""
+    if arguments.gguf_file is not None:
+        return None
+    options = {"revision": arguments.revision}
+    if AutoConfig.from_pretrained(arguments.model, **options).model_type != MelLLMConfig.model_type:
+        return None
+    dtype = getattr(torch, arguments.dtype)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(arguments.model, dtype=dtype, **options)
+    return model, AutoProcessor.from_pretrained(arguments.model, **options)
+
+
+def load_text_llm(arguments: argparse.Namespace, mel_llm=None):
     """The language model, as small as it is to be, and its tokenizer.
 
     Raises:
         OSError, ValueError: Something is not there, or does not fit.
     """
     layers = None if arguments.layers is None else parse_layers(arguments.layers)
-    options = {"revision": arguments.revision}
-    if arguments.gguf_file is not None:
-        options["gguf_file"] = arguments.gguf_file
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **options)
+    if mel_llm is None:
+        options = {"revision": arguments.revision}
+        if arguments.gguf_file is not None:
+            options["gguf_file"] = arguments.gguf_file
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, **options)
+        dtype = getattr(torch, arguments.dtype)
+        text_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
+    else:
+        text_model, tokenizer = language_model_of(mel_llm[0]), mel_llm[1].tokenizer
     if arguments.chat_template is not None:
         tokenizer.chat_template = arguments.chat_template.read_text(encoding="utf-8")
-    dtype = getattr(torch, arguments.dtype)
-    text_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
     if layers is not None:
         text_model = keep_layers(text_model, layers)
     if arguments.vocab_size is not None:
@@ -111,6 +148,8 @@ def load_text_llm(arguments: argparse.Namespace):
         # What the prompts are written with must not fall to pieces; it is small, and counts as often as the most frequent
         prompts = prompt_texts(tokenizer, arguments) * (len(texts) + 1)
         text_model, tokenizer = prune_vocabulary(text_model, tokenizer, [*prompts, *texts], arguments.vocab_size)
+    elif arguments.letters_only:
+        text_model, tokenizer = prune_vocabulary(text_model, tokenizer, [], len(tokenizer))
     return text_model, tokenizer
 
 
@@ -120,24 +159,35 @@ def convert(arguments: argparse.Namespace):
     Raises:
         OSError, ValueError: Something is not there, or does not fit.
     """
-    audio_config = MelLLMAudioConfig(**arguments.audio_config)
-    text_model, tokenizer = load_text_llm(arguments)
+    mel_llm = load_mel_llm(arguments)
+    audio_config, extractor, options = MelLLMAudioConfig(**arguments.audio_config), None, {}
+    if mel_llm is not None:
+        if arguments.audio_config:
+            raise ValueError(f"--audio_config is for new ears, but {arguments.model} has its own.")
+        audio_config, extractor = mel_llm[0].config.audio_config, mel_llm[1].feature_extractor
+        if arguments.chat_template is None:
+            options["chat_template"] = mel_llm[1].chat_template
+    text_model, tokenizer = load_text_llm(arguments, mel_llm)
     speech = {}
     if arguments.speaks:
-        extractor = MelLLMFeatureExtractor.from_preset("phi4")
-        extractor.edge_padding = (extractor.win_length - extractor.hop_length) // 2  # a frame for each hop
+        if extractor is None:
+            extractor = MelLLMFeatureExtractor.from_preset("phi4")
+            extractor.edge_padding = (extractor.win_length - extractor.hop_length) // 2  # a frame for each hop
         speech = {
-            "feature_extractor": extractor,
             "speech_config": MelLLMSpeechConfig.from_preset(arguments.speech_preset, **arguments.speech_config),
             "vocoder_config": MelLLMVocoderConfig.from_feature_extractor(extractor),
         }
     torch.manual_seed(arguments.seed)
-    return from_text_llm(text_model, tokenizer, audio_config, **instruction_of(arguments), **speech)
+    options |= instructions_of(arguments)
+    model, processor = from_text_llm(text_model, tokenizer, audio_config, extractor, **options, **speech)
+    if mel_llm is not None:
+        take_ears(model, mel_llm[0])
+    return model, processor
 
 
-def instruction_of(arguments: argparse.Namespace) -> dict:
-    given = arguments.transcription_instruction
-    return {} if given is None else {"transcription_instruction": given}
+def instructions_of(arguments: argparse.Namespace) -> dict:
+    names = ("transcription_instruction", "speech_instruction")
+    return {name: given for name in names if (given := getattr(arguments, name)) is not None}
 
 
 def prompt_texts(tokenizer, arguments: argparse.Namespace) -> list[str]:
@@ -146,7 +196,7 @@ def prompt_texts(tokenizer, arguments: argparse.Namespace) -> list[str]:
     audio_token = find_spare_token(tokenizer) or "<|audio|>"
     tokenizer.add_tokens([audio_token], special_tokens=True)
     extractor = MelLLMFeatureExtractor.from_preset("phi4")
-    processor = MelLLMProcessor(extractor, tokenizer, audio_token=audio_token, **instruction_of(arguments))
+    processor = MelLLMProcessor(extractor, tokenizer, audio_token=audio_token, **instructions_of(arguments))
     spoken = (
         *processor.continuation_prompt_ids(),
         *processor.continuation_prompt_ids("qa"),
@@ -160,7 +210,7 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     check_new_folder(arguments.output_dir)
     if arguments.text_only:
-        model, processor = load_text_llm(arguments)
+        model, processor = load_text_llm(arguments, load_mel_llm(arguments))
         forget_gguf(model)
         text_config, more = model.config, "a language model without ears."
     else:

@@ -77,6 +77,7 @@ def from_text_llm(
     transcription_instruction: str | None = None,
     continuation_instruction: str | None = None,
     qa_instruction: str | None = None,
+    speech_instruction: str | None = None,
     chat_template: str | None = None,
     model_class: type[MelLLMForSpeechSeq2Seq] | None = None,
     **config_overrides,
@@ -95,6 +96,7 @@ def from_text_llm(
             that is trained from scratch for nothing else.
         continuation_instruction (`str`, *optional*), qa_instruction (`str`, *optional*): The same of the prompts for what is
             to be gone on with, and for spoken questions.
+        speech_instruction (`str`, *optional*): What stands before a text that is to be spoken.
         chat_template (`str`, *optional*): For the processor; made from the tokenizer's by default.
         model_class (`type`, *optional*): [`MelLLMForSpeechContinuation`] for a model that goes on with what it hears.
         config_overrides: Fields of [`MelLLMConfig`]; with a `speech_config`, the model is a
@@ -135,6 +137,7 @@ def from_text_llm(
         "transcription_instruction": transcription_instruction,
         "continuation_instruction": continuation_instruction,
         "qa_instruction": qa_instruction,
+        "speech_instruction": speech_instruction,
     }
     processor = MelLLMProcessor(
         feature_extractor,
@@ -223,6 +226,34 @@ def from_text_llm(
     return model.train(text_model.training), processor
 
 
+def language_model_of(model: MelLLMForSpeechSeq2Seq) -> PreTrainedModel:
+    """The causal language model in a Mel-LLM, with weights of its own: what [`from_text_llm`] makes another Mel-LLM of."""
+    decoder, head = model.model.language_model, model.lm_head
+    config = copy.deepcopy(decoder.config)
+    config.tie_word_embeddings = model.config.tie_word_embeddings
+    text_model = AutoModelForCausalLM.from_config(config, dtype=head.weight.dtype)
+    its_decoder, its_head = _decoder_and_head(text_model)
+    its_decoder.load_state_dict(decoder.state_dict())
+    its_head.load_state_dict(head.state_dict())
+    if text_model.generation_config is not None:
+        text_model.generation_config.eos_token_id = model.config.eos_token_id
+    return text_model
+
+
+def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> None:
+    """Gives a Mel-LLM what another has learnt of sound: normalisation, stem, projector and CTC head.
+
+    Raises:
+        ValueError: They are of other sizes.
+    """
+    if model.config.audio_config.to_dict() != other.config.audio_config.to_dict():
+        raise ValueError("`other` has another audio config, so that its weights do not fit.")
+    model.model.audio_embedder.load_state_dict(other.model.audio_embedder.state_dict())
+    model.model.multi_modal_projector.load_state_dict(other.model.multi_modal_projector.state_dict())
+    if model.ctc_head is not None:
+        model.ctc_head.load_state_dict(other.ctc_head.state_dict())
+
+
 def forget_gguf(text_model: PreTrainedModel) -> None:
     """Weights read from a GGUF file are ordinary ones by now, but still called quantized: nobody would train them."""
     quantization = getattr(text_model.config, "quantization_config", None)
@@ -278,4 +309,4 @@ def _check_same_scores(model: MelLLMForSpeechSeq2Seq, text_model: PreTrainedMode
         )
 
 
-__all__ = ["find_spare_token", "forget_gguf", "from_text_llm"]
+__all__ = ["find_spare_token", "forget_gguf", "from_text_llm", "language_model_of", "take_ears"]
