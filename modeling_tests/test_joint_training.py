@@ -362,15 +362,22 @@ def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message,
     assert message in capsys.readouterr().err
 
 
-def test_the_steps_of_the_recipe_are_understood(script, folder, tmp_path):  # noqa: F811
-    recipe = ROOT / "scripts" / "recipes" / "mel-llm-small-en"
-    steps = sorted(recipe.glob("*.yaml"))
-    assert [path.stem for path in steps] == ["1-letters", "2-short", "3-all", "4-speaking"]
+@pytest.mark.parametrize(
+    ("name", "task", "steps"),
+    [
+        ("mel-llm-small-en", "asr", ["1-letters", "2-short", "3-all"]),
+        ("mel-llm-small-en-tts", "tts", ["1-place", "2-own"]),
+    ],
+)
+def test_the_steps_of_a_recipe_are_understood(script, folder, tmp_path, name, task, steps):  # noqa: F811
+    recipe = ROOT / "scripts" / "recipes" / name
+    files = sorted(recipe.glob("*.yaml"))
+    assert [path.stem for path in files] == steps
     shell = recipe.with_suffix(".sh").read_text()
-    for path in steps:
+    for path in files:
         more = ["--train_data", folder, "--output_dir", str(tmp_path), "--use_cpu"]
         _, data, training = script.parse_arguments([str(path), *more])
-        assert data.tasks == (["asr", "tts"] if path.stem == "4-speaking" else ["asr"]) and training.max_steps > 0
+        assert data.tasks == [task] and training.max_steps > 0
         assert training.ctc_only_steps == (training.max_steps if path.stem == "1-letters" else 0)
         assert f"train {path.stem} " in shell
     subprocess.run(["bash", "-n", recipe.with_suffix(".sh")], check=True)

@@ -101,24 +101,26 @@ def test_the_history_may_be_the_models_own_in_training(tokenizer, speech_clips):
     model._embed_history = lambda frames, lengths: histories.append(frames) or embed(frames, lengths)
     recorded = model(**batch).losses["before"]
     model.history_sampling = 0.5
-    assert (
-        torch.equal(model(**batch).losses["before"], recorded) and len(histories) == 2
-    )  # an evaluation has none of it
-    model.train()
-    torch.manual_seed(0)
-    loss = model(**batch).loss
-    loss.backward()
-    first, second = (frames.unflatten(1, (-1, 4)) for frames in histories[2:])
-    torch.testing.assert_close(first.flatten(1, 2), histories[0])
-    own = (first != second).flatten(2).any(-1)
-    assert 0.3 < own.float().mean() < 0.7
-    # Whole patches, and those that it would have written behind the recording
-    with torch.no_grad():
-        model.eval()
-        lengths = -(-(batch["labels"] != -100).all(-1).sum(-1) // 4) * 4
-        states = model._states_behind(batch["input_ids"], batch["attention_mask"], first.flatten(1, 2), lengths)
-        written = model.speech_head.sample(states[:, :-1].flatten(0, 1)).unflatten(0, own.shape)
-    torch.testing.assert_close(second[own], written[own], rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(**batch).losses["before"], recorded)  # an evaluation has none of it
+    recording = histories[0].unflatten(1, (-1, 4))
+    lengths = -(-(batch["labels"] != -100).all(-1).sum(-1) // 4) * 4
+    rounds = []
+    for seed in range(6):
+        histories.clear()
+        model.train()
+        torch.manual_seed(seed)
+        model(**batch).loss.backward()
+        rounds.append(len(histories) - 1)
+        before, after = histories[-2:]
+        own = (after.unflatten(1, (-1, 4)) != recording).flatten(2).any(-1)
+        assert 0.3 < own.float().mean() < 0.7
+        # Whole patches, and those that it would have written there
+        with torch.no_grad():
+            model.eval()
+            states = model._states_behind(batch["input_ids"], batch["attention_mask"], before, lengths)
+            written = model.speech_head.sample(states[:, :-1].flatten(0, 1)).unflatten(0, own.shape)
+        torch.testing.assert_close(after.unflatten(1, (-1, 4))[own], written[own], rtol=1e-4, atol=1e-4)
+    assert set(rounds) == {1, 2}  # once, or twice on end
 
 
 @pytest.mark.parametrize("reduction_factor", [1, 2, 8])

@@ -83,6 +83,33 @@ def test_a_model_that_shall_only_read_leaves_its_voice_behind(script, run, speec
     assert torch.equal(*ids)
 
 
+def test_a_model_that_shall_only_speak_leaves_behind_what_taught_it(script, tokenizer, run, tmp_path):
+    extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
+    speech = MelLLMSpeechConfig.from_preset("small", head_hidden_size=16, postnet_channels=8, ctc_weight=1.0)
+    model, processor = build_tiny(
+        tokenizer,
+        audio_config={"ctc_weight": 0.3},
+        feature_extractor=extractor,
+        speech_config=speech,
+        vocoder_config=MelLLMVocoderConfig.from_feature_extractor(extractor, num_iterations=2),
+    )
+    model.save_pretrained(tmp_path / "run")
+    processor.save_pretrained(tmp_path / "run")
+    script.pack(tmp_path / "run", tmp_path / "speaker", torch.float32, "15MB", speaks_only=True)
+    weights = load_file(tmp_path / "speaker" / "model.safetensors")
+    assert any(name.startswith("speech_head.") for name in weights)
+    assert not any(name.startswith(("ctc_head.", "token_bytes.", "speech_head.speller.")) for name in weights)
+    request = processor.apply_speech_request("Hello.")
+    audio = [
+        AutoModelForTextToWaveform.from_pretrained(tmp_path / name).generate(**request, max_seconds=0.3, seed=1)
+        for name in ("run", "speaker")
+    ]
+    torch.testing.assert_close(*audio)
+    script.pack(tmp_path / "run", tmp_path / "reader", torch.float32, "15MB", reads_only=True)
+    with pytest.raises(ValueError, match="has no speech head"):
+        script.pack(tmp_path / "reader", tmp_path / "x", torch.float32, "15MB", speaks_only=True)
+
+
 def test_a_folder_with_a_card_gets_its_model(script, run, tmp_path):
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "README.md").write_text("mine")

@@ -1,9 +1,9 @@
-"""Shows what the model of this repository hears in recordings that it was not trained on, and lets it speak if it can.
+"""Shows what the models of this repository do: one hears recordings that it was not trained on, one speaks a sentence.
 
-    bash scripts/demo.sh                        # transcribe held_out_clips/
+    bash scripts/demo.sh                        # transcribe held_out_clips/, and speak into .demo/speech.wav
     bash scripts/demo.sh my.wav other.flac      # transcribe files of your own
-    bash scripts/demo.sh --model FOLDER         # use a model of yours
-    bash scripts/demo.sh --say "Good morning."  # what a model that speaks says, into --output
+    bash scripts/demo.sh --say "Good morning."  # what is spoken, into --output
+    bash scripts/demo.sh --model FOLDER         # use a model of yours, which speaks if it can
     bash scripts/demo.sh --train                # train a small model on demo_clips/, and transcribe these
 
 Nothing is downloaded. With --train, a model from scratch learns the 24 recordings in demo_clips/ by heart, in a few minutes
@@ -36,6 +36,7 @@ from mel_llm.training import TranscriptionCollator, compute_feature_statistics, 
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "hub_cards" / "mel-llm-small-en"
+SPEAKER = ROOT / "hub_cards" / "mel-llm-small-en-tts"
 HELD_OUT = ROOT / "held_out_clips"
 TRAINED_ON = ROOT / "demo_clips"
 TRAINED = ROOT / ".demo" / "mel-llm-demo"
@@ -47,7 +48,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="audio files to transcribe instead of held_out_clips/")
     parser.add_argument("--model", type=Path, help="folder of a model to use instead of the repository's")
-    parser.add_argument("--say", default=SENTENCE, help=f"what a model that speaks says. Default: {SENTENCE}")
+    parser.add_argument("--say", default=SENTENCE, help=f"what is spoken. Default: {SENTENCE}")
     parser.add_argument(
         "--output", type=Path, help="a new file for that. Default: .demo/speech.wav, written anew each time"
     )
@@ -183,8 +184,9 @@ def main(argv: list[str]) -> None:
             )
         elif arguments.model is None:
             print("The model was not trained on these recordings; it was on others of the same speaker.")
-    if AutoConfig.from_pretrained(folder).speech_config is not None:
-        speak(folder, arguments.say, arguments.output, device)
+    speaker = SPEAKER if folder == MODEL else folder
+    if (speaker / "config.json").is_file() and AutoConfig.from_pretrained(speaker).speech_config is not None:
+        speak(speaker, arguments.say, arguments.output, device)
     print(f"mel_llm {mel_llm.__version__}, torch {torch.__version__}, model in {folder}")
 
 

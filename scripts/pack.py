@@ -30,21 +30,31 @@ from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters
 
 
+# What a model needs for reading, or for learning to speak, and not for speaking
+_BESIDE_SPEAKING = ("ctc_head.", "token_bytes.", "speech_head.speller.")
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="pack.py", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a whole model: the --output_dir of scripts/train.py")
     parser.add_argument("folder", type=Path, help="a new folder, or one without a model in it")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--max_shard_size", default="15MB", help="of each file of weights")
-    parser.add_argument("--reads_only", action="store_true", help="leave out the speech head and the vocoder, if any")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--reads_only", action="store_true", help="leave out the speech head and the vocoder, if any")
+    what.add_argument(
+        "--speaks_only", action="store_true", help="leave out the CTC heads, which speaking does without"
+    )
     return parser.parse_args(argv)
 
 
-def load(run: Path, reads_only: bool = False) -> PreTrainedModel:
-    """The model, with all heads that it has; or, with `reads_only`, with what it needs to transcribe.
+def load(run: Path, reads_only: bool = False, speaks_only: bool = False) -> PreTrainedModel:
+    """The model, with all heads that it has; or, with `reads_only`, with what it needs to transcribe, or with `speaks_only`
+    with what it needs to speak.
 
     Raises:
-        ValueError: There are only adapters, or the weights are not all there, are not finite, or are another model's.
+        ValueError: There are only adapters, or the weights are not all there, are not finite, or are another model's; or a
+            model that shall speak has no speech head.
     """
     if (run / "adapter_config.json").is_file():
         raise ValueError(f"{run} holds adapters. Train with --merge_lora, or merge them, to pack a whole model.")
@@ -53,11 +63,18 @@ def load(run: Path, reads_only: bool = False) -> PreTrainedModel:
         raise ValueError(f"{run} holds a {config.model_type!r} and no Mel-LLM.")
     if reads_only:
         config.speech_config = config.vocoder_config = None
+    if speaks_only:
+        if config.speech_config is None:
+            raise ValueError(f"--speaks_only: {run} has no speech head.")
+        config.audio_config.ctc_weight = config.speech_config.ctc_weight = 0.0
     auto_class = AutoModelForSpeechSeq2Seq if config.speech_config is None else AutoModelForTextToWaveform
     model, info = auto_class.from_pretrained(run, config=config, dtype=torch.float32, output_loading_info=True)
     # transformers makes up what is missing and goes on
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(what) or ())):
+        keys = sorted(map(str, info.get(what) or ()))
+        if what == "unexpected_keys" and speaks_only:
+            keys = [key for key in keys if not key.startswith(_BESIDE_SPEAKING)]
+        if keys:
             raise ValueError(
                 f"{run} is damaged: its weights have {len(keys)} {what.replace('_', ' ')}, such as {keys[0]}."
             )
@@ -72,18 +89,18 @@ def check_finite(model: PreTrainedModel, problem: str) -> None:
             raise ValueError(f"{problem}: {name}.")
 
 
-def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str, reads_only: bool = False) -> None:
+def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str, **parts: bool) -> None:
     """Saves the model of `run` in `folder`, all at once at the end.
 
     Raises:
         FileExistsError: There is a model in the folder already.
-        ValueError: See [`load`].
+        ValueError: See [`load`], whose `parts` of the model are saved.
     """
     if folder.exists() and (
         not folder.is_dir() or any(folder.glob("*.safetensors")) or (folder / "config.json").exists()
     ):
         raise FileExistsError(f"{folder} has a model in it already, or is no folder. Choose another.")
-    model, processor = load(run, reads_only), AutoProcessor.from_pretrained(run)
+    model, processor = load(run, **parts), AutoProcessor.from_pretrained(run)
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     # Buffers too: the normalisation of features is needed with all its digits, and is small
@@ -127,4 +144,5 @@ if __name__ == "__main__":
     arguments = parse_arguments(sys.argv[1:])
     with told_in_a_line("pack.py", (OSError, ValueError, SafetensorError)):
         dtype = getattr(torch, arguments.dtype)
-        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, arguments.reads_only)
+        parts = {"reads_only": arguments.reads_only, "speaks_only": arguments.speaks_only}
+        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, **parts)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the small English model that reads, from a language model to the folder of its Hub repository; and, when asked,
-# teaches it to speak. The steps are those of the files in mel-llm-small-en/.
+# Trains the small English model that reads, from a language model to the folder of its Hub repository. The steps are those of the
+# files in mel-llm-small-en/. Its sibling that speaks begins with what comes out: mel-llm-small-en-tts.sh.
 #
 #   scripts/recipes/mel-llm-small-en.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
@@ -8,12 +8,10 @@
 #            docs/data.md. Natural voices, and many of them, help most: `scripts/prepare_data.py synthetic --texts FILE
 #            --engines piper --piper_voices en_US-libritts_r-medium.onnx --output_dir SPEECH/more-voices --hours 8 ...`
 #   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/ and 3-all/ (what training leaves) and model/ (what is
-#            published); with SPEAKING=1 also vocoder/, 4-speaking/ and speaking-model/
+#            published)
 #
 #   BACKBONE=FOLDER GGUF=FILE   the language model; by default HuggingFaceTB/SmolLM2-135M-Instruct from the Hub
 #   START=FOLDER                a model to go on with, hub_cards/mel-llm-small-en for instance, in the place of a bare language model
-#   SPEAKING=1                  go on with 4-speaking.yaml, which nobody has tried at full length yet
-#   VOCODER_STEPS=0             no neural vocoder: Griffin-Lim
 #   PYTHON=python3.12           choose the interpreter
 #
 # What was interrupted goes on when the same command is given again.
@@ -77,20 +75,3 @@ train 1-letters start "${heard[@]}" "$@"
 train 2-short 1-letters "${heard[@]}" "$@"
 train 3-all 2-short "${heard[@]}" "$@"
 pack 3-all model --reads_only
-[[ -n "${SPEAKING:-}" ]] || exit 0
-
-vocoder=griffin_lim
-steps="${VOCODER_STEPS:-100000}"
-if [[ "$steps" != 0 ]]; then
-    vocoder="$output/vocoder"
-    "$python" "$here/train_vocoder.py" --output_dir "$vocoder" --max_steps "$steps" \
-        --train_data "$speech/asterisk-en,weight=1" "$speech/synth-en,weight=2,exclude=source:*espeak*" \
-        --eval_data "$speech/asterisk-en" --vocoder_kwargs '{"lookahead": 1}' \
-        --adversarial_start "$((steps / 4))"
-fi
-
-# The worst of the synthetic voices are for reading only
-train 4-speaking 3-all --vocoder "$vocoder" \
-    --train_data "$speech/asterisk-en,weight=1" "$speech/synth-en,weight=4,exclude=source:*espeak*" \
-    "$speech/synth-en,weight=1,task=asr" "$@"
-pack 4-speaking speaking-model

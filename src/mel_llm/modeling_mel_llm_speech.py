@@ -219,16 +219,21 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
 
     def _teacher_forced_states(self, input_ids, attention_mask, target, lengths) -> torch.Tensor:
         """States at "begin" and at each patch, `(B, M + 1, D)`."""
+        frames = target
         if self.training and self.history_sampling > 0:
-            with torch.no_grad():
-                states = self._states_behind(input_ids, attention_mask, target, lengths)[:, :-1]
-                own = self.speech_head.sample(states.flatten(0, 1), self._noise(states), 1.0)
-            # `(B * M, r, F)` to frames, of which whole patches take the places of the recording's
-            own = own.unflatten(0, states.shape[:2])
-            taken = torch.rand(states.shape[:2], device=target.device) < self.history_sampling
-            patches = target.unflatten(1, (-1, self.speech_head.reduction_factor))
-            target = torch.where(taken[..., None, None], own.to(target.dtype), patches).flatten(1, 2)
-        return self._states_behind(input_ids, attention_mask, target, lengths)
+            # Twice in half of the batches: what is written behind what was written is farther off
+            for _ in range(1 + int(torch.rand(()) < 0.5)):
+                frames = self._with_own_patches(input_ids, attention_mask, frames, target, lengths)
+        return self._states_behind(input_ids, attention_mask, frames, lengths)
+
+    @torch.no_grad()
+    def _with_own_patches(self, input_ids, attention_mask, frames, target, lengths) -> torch.Tensor:
+        """The target with a share of its patches replaced by what the model writes behind `frames`."""
+        states = self._states_behind(input_ids, attention_mask, frames, lengths)[:, :-1]
+        own = self.speech_head.sample(states.flatten(0, 1), self._noise(states)).unflatten(0, states.shape[:2])
+        taken = torch.rand(states.shape[:2], device=target.device) < self.history_sampling
+        patches = target.unflatten(1, (-1, self.speech_head.reduction_factor))
+        return torch.where(taken[..., None, None], own.to(target.dtype), patches).flatten(1, 2)
 
     def _noise(self, states: torch.Tensor) -> torch.Tensor | None:
         """What a patch behind each state `(B, M, D)` is drawn with, `(B * M, r * F)`."""

@@ -233,7 +233,7 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={
             "help": "Speaking: share of the patches behind a place that are the model's own in training instead of the "
-            "recording's, as they are in generation. A step takes a third longer."
+            "recording's, as they are in generation. A step takes half as long again."
         },
     )
     compile_layers: bool = field(

@@ -78,7 +78,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             a batch is, in the place of `per_device_train_batch_size`.
         history_sampling (`float`, defaults to 0.0): Share of the patches that a model which learns to speak has behind it which
             are what it would have written itself, in the place of the recording's, as in generation (scheduled sampling, Bengio
-            et al., 2015; ours). Costs a forward pass more.
+            et al., 2015; ours). Costs a forward pass more, and in half of the batches two.
         train_collator (*optional*): Makes the batches for training, where they are others than those for evaluation:
             [`PackedTranscriptionCollator`].
         ctc_only_steps (`int`, defaults to 0): Steps at first in which the CTC head's loss is all that is learnt from
