@@ -62,6 +62,9 @@ def test_a_text_is_spoken_sentence_by_sentence_in_one_voice(speaking, monkeypatc
     assert [len(audio) for _, audio in spoken] == [20 * 160 + pause] * 3
     again = list(iter_speech(model, processor, text, max_chars=60, **options))
     assert all(torch.equal(one[1], two[1]) for one, two in zip(spoken, again, strict=True))
+    voices.clear()
+    monkeypatch.setattr(model.config.speech_config, "keep_voice", False)  # a model of one voice needs none of it
+    assert len(list(iter_speech(model, processor, text, max_chars=60, **options))) == 3 and voices == [None] * 3
 
 
 def test_a_voice_is_kept_for_every_sentence(speaking, speech_clips, monkeypatch):

@@ -1,6 +1,6 @@
 """Trains a small Mel-LLM to speak eight recordings of demo_clips/ by heart, and lets it speak.
 
-There is no trained checkpoint that speaks yet. What this shows is that the objective, the loop that writes mel patches, the
+What this shows is that the objective, the loop that writes mel patches, the
 stop and the vocoder work together; it says nothing about texts that the model has not learnt.
 
     python scripts/demo_tts.py --output_dir .demo/tts            # some four minutes on one CPU thread

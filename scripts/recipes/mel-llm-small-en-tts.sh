@@ -27,7 +27,7 @@ mkdir -p "$output"
 # Letters and not words: a state has one or two of them to say, and what they sound like is soon known
 [[ -f "$output/start/config.json" ]] || "$python" "$here/convert_text_llm.py" "${START:-$here/../hub_cards/mel-llm-small-en}" \
     --letters_only --speaks --transcription_instruction "" --speech_instruction "" --chat_template "$recipe/chat_template.jinja" \
-    --speech_config '{"ctc_weight": 1, "ctc_rate": 4, "min_tokens_per_second": 6}' --output_dir "$output/start"
+    --speech_config '{"ctc_weight": 1, "ctc_rate": 4, "min_tokens_per_second": 6, "keep_voice": false}' --output_dir "$output/start"
 
 # One voice: its clips in synth-en, which vary, and those that do not
 one=("$speech/synth-en,exclude=speaker:[!p]*")

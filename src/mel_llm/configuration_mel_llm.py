@@ -331,6 +331,8 @@ class MelLLMSpeechConfig(PreTrainedConfig):
         min_tokens_per_second (`float`, defaults to 1.5): Speech is cut after this: a text of n tokens may take
             2 seconds and n over this (ours).
         max_silence_seconds (`float`, defaults to 2.0): Speech that has been silent for so long is over (ours).
+        keep_voice (`bool`, defaults to `True`): In a text of several sentences, the first one's speech is the voice prompt of the
+            others; off for a model of one voice, which was taught no prompts (ours).
     """
 
     model_type = "mel_llm_speech"
@@ -388,6 +390,7 @@ class MelLLMSpeechConfig(PreTrainedConfig):
     loss_scale: float = 1.0
     min_tokens_per_second: float = 1.5
     max_silence_seconds: float = 2.0
+    keep_voice: bool = True
 
     def __post_init__(self, **kwargs):
         _check_choice(self, "head_type", ("vae", "sigma_vae", "deterministic"))
@@ -400,6 +403,7 @@ class MelLLMSpeechConfig(PreTrainedConfig):
         _check_int(self, "postnet_layers", minimum=0, maximum=64)
         _check_int(self, "kl_warmup_steps", minimum=0, maximum=1 << 31)
         _check_bool(self, "share_embed")
+        _check_bool(self, "keep_voice")
         _check_choice(self, "kl_prior", ("target", "standard"))
         _check_choice(self, "flux_type", ("absolute", "clipped"))
         _check_number(self, "history_dropout", 0.0, 1.0)

@@ -103,7 +103,8 @@ def iter_speech(
         model ([`MelLLMForTextToSpeech`]), processor ([`MelLLMProcessor`]): A checkpoint that speaks.
         text (`str`): What to speak. Characters that cannot be spoken are left out, with a warning.
         voice, voice_text (*optional*): A recording and what is said in it, as for
-            [`MelLLMProcessor.apply_speech_request`]. Without, the first sentence's voice is kept for the others.
+            [`MelLLMProcessor.apply_speech_request`]. Without, the first sentence's voice is kept for the others, unless the
+            model's `speech_config.keep_voice` is off.
         max_chars (`int`, defaults to 200): Longest piece in characters. It is cut again where the language model has
             no room for so many tokens and their speech.
         seed (`int`, *optional*): Makes the speech repeatable.
@@ -132,7 +133,7 @@ def iter_speech(
             raise ValueError(
                 "`voice` and `voice_text` leave the language model no room for a sentence. Take a shorter one."
             )
-    is_given = kept is not None
+    keeps_first = kept is None and model.config.speech_config.keep_voice
     frame_rate = model.config.audio_config.frame_rate
     pause = torch.zeros(round(PAUSE_SECONDS * model.config.sampling_rate))
     if streamer is not None:
@@ -157,7 +158,7 @@ def iter_speech(
             )
             number += 1
             frames = output.spectrogram[0]
-            if not is_given and kept is None and output.stopped[0] and len(frames) <= _MAX_VOICE_SECONDS * frame_rate:
+            if keeps_first and kept is None and output.stopped[0] and len(frames) <= _MAX_VOICE_SECONDS * frame_rate:
                 candidate = (sentence, frames)
                 if (
                     len(frames) >= model.speech_head.reduction_factor
