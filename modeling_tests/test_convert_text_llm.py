@@ -119,6 +119,17 @@ def test_a_reader_becomes_a_speaker_of_letters(converter, tokenizer, speech_clip
         converter.parse_arguments(
             ["x", "--output_dir", "y", "--letters_only", "--vocab_size", "9", "--vocab_texts", "z"]
         )
+    # What it is asked is what it was asked, unless something else is given; and where there was no threshold there is none
+    reader.config.audio_config.silence_threshold = None
+    reader.save_pretrained(tmp_path / "unthresholded")
+    processor.save_pretrained(tmp_path / "unthresholded")
+    converter.main([str(tmp_path / "unthresholded"), "--output_dir", str(tmp_path / "same")])
+    same = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "same")
+    assert same.config.prompt_suffix_ids == reader.config.prompt_suffix_ids
+    assert same.config.audio_config.silence_threshold is None
+    assert AutoProcessor.from_pretrained(tmp_path / "same").transcription_instruction == "Write it."
+    with pytest.raises(ValueError, match="its voice cannot be taken along"):
+        converter.main([str(tmp_path / "out"), "--output_dir", str(tmp_path / "again"), "--speaks"])
     converter.main([str(tmp_path / "reader"), "--output_dir", str(tmp_path / "llm"), "--text_only"])
     text_model = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
     assert torch.equal(text_model.lm_head.weight, reader.lm_head.weight)

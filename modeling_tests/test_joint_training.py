@@ -123,6 +123,17 @@ def test_a_run_learns_to_spell_what_it_will_say_and_to_go_on_from_what_it_said(s
     assert any("tts_ctc" in entry for entry in log_history(tmp_path / "run")), output
 
 
+def test_texts_that_have_no_room_to_be_spelt_are_counted(script, folder, tmp_path, caplog):  # noqa: F811
+    for rate, told in ((1, True), (8, False)):
+        caplog.clear()
+        speech = ["--speech_config", json.dumps({"ctc_weight": 0.5, "ctc_rate": rate})]
+        slow = ["--audio_config", json.dumps({"reduction_factor": 16, "conv_channels": 8, "hidden_size": 32})]
+        script.prepare(
+            words(folder, tmp_path / str(rate), "--tasks", "tts", *SCRATCH, *slow, *speech, "--max_steps", "1")
+        )
+        assert ("Raise `ctc_rate` in --speech_config" in caplog.text) == told
+
+
 def test_a_clip_follows_another_of_the_same_speaker(folder, speech_clips):  # noqa: F811
     path = Path(folder) / "train" / "metadata.csv"
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
@@ -333,6 +344,7 @@ def test_a_trained_vocoder_is_put_in(script, folder, tmp_path):  # noqa: F811
         (["--tasks", "tts", "--speech_preset", "large"], "one of paper, small"),
         (["--vocoder", "none"], "add --tasks tts"),
         (["--tasks", "tts", "--voice_pairs", "0.5"], "no speaker has two clips"),
+        (["--tasks", "continuation", "--speech_config", '{"ctc_weight": 1}'], "`ctc_weight` is for speaking texts"),
     ],
 )
 def test_what_cannot_work_is_told_before_training(script, folder, tmp_path, arguments, message):  # noqa: F811

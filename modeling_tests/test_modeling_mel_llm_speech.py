@@ -121,6 +121,14 @@ def test_the_history_may_be_the_models_own_in_training(tokenizer, speech_clips):
             written = model.speech_head.sample(states[:, :-1].flatten(0, 1)).unflatten(0, own.shape)
         torch.testing.assert_close(after.unflatten(1, (-1, 4))[own], written[own], rtol=1e-4, atol=1e-4)
     assert set(rounds) == {1, 2}  # once, or twice on end
+    # What autocast kept of the passes without gradients must not be what the last pass is made of
+    model.train().zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch).loss.backward()
+    assert all(
+        parameter.grad is not None
+        for parameter in (model.speech_head.latent.weight, model.model.multi_modal_projector.linear_1.weight)
+    )
 
 
 @pytest.mark.parametrize("reduction_factor", [1, 2, 8])

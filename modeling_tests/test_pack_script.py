@@ -88,7 +88,7 @@ def test_a_model_that_shall_only_speak_leaves_behind_what_taught_it(script, toke
     speech = MelLLMSpeechConfig.from_preset("small", head_hidden_size=16, postnet_channels=8, ctc_weight=1.0)
     model, processor = build_tiny(
         tokenizer,
-        audio_config={"ctc_weight": 0.3},
+        audio_config={"ctc_weight": 0.3, "ctc_decoding_weight": 0.5},
         feature_extractor=extractor,
         speech_config=speech,
         vocoder_config=MelLLMVocoderConfig.from_feature_extractor(extractor, num_iterations=2),

@@ -51,6 +51,10 @@ from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters
 
 
+# Of the processor; the first two can be given
+_INSTRUCTIONS = ("transcription_instruction", "speech_instruction", "continuation_instruction", "qa_instruction")
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -120,6 +124,10 @@ def load_mel_llm(arguments: argparse.Namespace):
         return None
     dtype = getattr(torch, arguments.dtype)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(arguments.model, dtype=dtype, **options)
+    if model.config.speech_config is not None and not arguments.text_only:
+        raise ValueError(
+            f"{arguments.model} speaks, and its voice cannot be taken along: begin with a model that only reads."
+        )
     return model, AutoProcessor.from_pretrained(arguments.model, **options)
 
 
@@ -146,7 +154,7 @@ def load_text_llm(arguments: argparse.Namespace, mel_llm=None):
     if arguments.vocab_size is not None:
         texts = [line for path in arguments.vocab_texts for line in path.read_text(encoding="utf-8").splitlines()]
         # What the prompts are written with must not fall to pieces; it is small, and counts as often as the most frequent
-        prompts = prompt_texts(tokenizer, arguments) * (len(texts) + 1)
+        prompts = prompt_texts(tokenizer, instructions_of(arguments, mel_llm)) * (len(texts) + 1)
         text_model, tokenizer = prune_vocabulary(text_model, tokenizer, [*prompts, *texts], arguments.vocab_size)
     elif arguments.letters_only:
         text_model, tokenizer = prune_vocabulary(text_model, tokenizer, [], len(tokenizer))
@@ -178,25 +186,27 @@ def convert(arguments: argparse.Namespace):
             "vocoder_config": MelLLMVocoderConfig.from_feature_extractor(extractor),
         }
     torch.manual_seed(arguments.seed)
-    options |= instructions_of(arguments)
+    options |= instructions_of(arguments, mel_llm)
     model, processor = from_text_llm(text_model, tokenizer, audio_config, extractor, **options, **speech)
     if mel_llm is not None:
         take_ears(model, mel_llm[0])
     return model, processor
 
 
-def instructions_of(arguments: argparse.Namespace) -> dict:
-    names = ("transcription_instruction", "speech_instruction")
-    return {name: given for name in names if (given := getattr(arguments, name)) is not None}
+def instructions_of(arguments: argparse.Namespace, mel_llm=None) -> dict:
+    """What prompts ask for, as far as it is given, and else what a Mel-LLM's ask for."""
+    theirs = {} if mel_llm is None else {name: getattr(mel_llm[1], name) for name in _INSTRUCTIONS}
+    given = {name: asked for name in _INSTRUCTIONS if (asked := getattr(arguments, name, None)) is not None}
+    return {**theirs, **given}
 
 
-def prompt_texts(tokenizer, arguments: argparse.Namespace) -> list[str]:
+def prompt_texts(tokenizer, instructions: dict) -> list[str]:
     """The default prompts in the tokenizer's own words."""
     tokenizer = copy.deepcopy(tokenizer)
     audio_token = find_spare_token(tokenizer) or "<|audio|>"
     tokenizer.add_tokens([audio_token], special_tokens=True)
     extractor = MelLLMFeatureExtractor.from_preset("phi4")
-    processor = MelLLMProcessor(extractor, tokenizer, audio_token=audio_token, **instructions_of(arguments))
+    processor = MelLLMProcessor(extractor, tokenizer, audio_token=audio_token, **instructions)
     spoken = (
         *processor.continuation_prompt_ids(),
         *processor.continuation_prompt_ids("qa"),

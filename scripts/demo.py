@@ -187,6 +187,8 @@ def main(argv: list[str]) -> None:
     speaker = SPEAKER if folder == MODEL else folder
     if (speaker / "config.json").is_file() and AutoConfig.from_pretrained(speaker).speech_config is not None:
         speak(speaker, arguments.say, arguments.output, device)
+    else:
+        print(f"\nThe model in {folder} does not speak.")
     print(f"mel_llm {mel_llm.__version__}, torch {torch.__version__}, model in {folder}")
 
 

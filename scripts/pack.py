@@ -43,7 +43,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--reads_only", action="store_true", help="leave out the speech head and the vocoder, if any")
     what.add_argument(
-        "--speaks_only", action="store_true", help="leave out the CTC heads, which speaking does without"
+        "--speaks_only",
+        action="store_true",
+        help="leave out the CTC heads: speaking does without, but further training has them no more",
     )
     return parser.parse_args(argv)
 
@@ -66,7 +68,8 @@ def load(run: Path, reads_only: bool = False, speaks_only: bool = False) -> PreT
     if speaks_only:
         if config.speech_config is None:
             raise ValueError(f"--speaks_only: {run} has no speech head.")
-        config.audio_config.ctc_weight = config.speech_config.ctc_weight = 0.0
+        config.audio_config.ctc_weight = config.audio_config.ctc_decoding_weight = 0.0
+        config.speech_config.ctc_weight = 0.0
     auto_class = AutoModelForSpeechSeq2Seq if config.speech_config is None else AutoModelForTextToWaveform
     model, info = auto_class.from_pretrained(run, config=config, dtype=torch.float32, output_loading_info=True)
     # transformers makes up what is missing and goes on

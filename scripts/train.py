@@ -360,8 +360,16 @@ def prepare(argv: list[str]) -> Run | None:
         audio_config.max_audio_seconds = max(audio_config.max_audio_seconds, float(longest))
     if training_args.ctc_only_steps and audio_config.ctc_weight == 0:
         raise ValueError("--ctc_only_steps needs a CTC head: --audio_config '{\"ctc_weight\": 0.3}'.")
-    if audio_config.ctc_weight > 0 and not streaming:
-        tell_unspellable(selections, audio_config, data_args.speed_factors)
+    speech_config = model.config.speech_config
+    spells_speech = speech_config is not None and speech_config.ctc_weight > 0 and "tts" in data_args.tasks
+    if (
+        model_args.speech_config != ModelArguments.speech_config
+        and not spells_speech
+        and getattr(speech_config, "ctc_weight", 0)
+    ):
+        raise ValueError("--speech_config: `ctc_weight` is for speaking texts, --tasks tts.")
+    if not streaming:
+        tell_unspellable(selections, model.config, data_args.speed_factors)
     if model_args.remote_code:
         export_remote_code(model)
         export_remote_code(processor)
@@ -382,7 +390,6 @@ def prepare(argv: list[str]) -> Run | None:
         compile_layers(model)
 
     later = data_args.features_on_device
-    spells_speech = "tts" in data_args.tasks and model.config.speech_config.ctc_weight > 0
     reading = {
         "processor": processor,
         "spec_augment": spec_augment(data_args),

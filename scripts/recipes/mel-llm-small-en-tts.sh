@@ -4,9 +4,9 @@
 #
 #   scripts/recipes/mel-llm-small-en-tts.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
-#   SPEECH   a folder with the corpus synth-en, of which Piper's voice is taken, and more-joe*, if there are any, with more of it:
+#   SPEECH   a folder with the corpus synth-en, of which Piper's voice is taken, and joe*, if there are any, with more of it:
 #            `scripts/prepare_data.py synthetic --texts speech/text/sentences_en_train.tsv --engines piper --piper_variation 0
-#            --speeds 1 1 --output_dir SPEECH/more-joe --hours 14` (docs/data.md)
+#            --speeds 1 1 --output_dir SPEECH/joe --hours 14` (docs/data.md)
 #   OUTPUT   gets start/ (the reader with a speech head, letter by letter), 1-place/ and 2-own/ (what training leaves) and model/
 #            (what is published)
 #
@@ -32,7 +32,7 @@ mkdir -p "$output"
 # One voice: its clips in synth-en, which vary, and those that do not
 one=("$speech/synth-en,exclude=speaker:[!p]*")
 spoken=("${one[@]}")
-for folder in "$speech"/more-joe*/; do
+for folder in "$speech"/joe*/; do
     [[ ! -d "$folder" ]] || spoken+=("$folder")
 done
 

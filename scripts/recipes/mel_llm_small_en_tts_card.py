@@ -7,23 +7,36 @@ The second folder has results.json, as scripts/evaluate_tts.py left it; its comm
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is downloaded
 
-from mel_llm_small_en_card import SYNTHETIC, TEXTS
+from mel_llm_small_en_card import HELD_OUT, REAL, TEXTS
+from mel_llm_small_en_card import MORE as READERS_MORE
+from mel_llm_small_en_card import SYNTHETIC as READERS_SYNTHETIC
 from transformers import pipeline
 
 from mel_llm import MelLLMProcessor, create_model_card
 from mel_llm.script_errors import told_in_a_line
 
 
-MORE = {
-    "name": "more-joe",
-    "license": "CC0",
-    "attribution": f"Synthetic speech of Piper's en_US-joe-medium, without its chance (--piper_variation 0), {TEXTS}",
-}
+VOICE = "Synthetic speech of Piper's en_US-joe-medium (its data is CC0)"
+DATA = [
+    {"name": "synth-en", "license": "CC0", "attribution": f"{VOICE}, {TEXTS}"},
+    *(
+        {
+            "name": name,
+            "license": "CC0",
+            "attribution": f"{VOICE}, spoken without chance (--piper_variation 0), {TEXTS}",
+        }
+        for name in ("joe-a", "joe-b")
+    ),
+]
+READERS = "What mel-llm-small-en, from which this model began, had learnt from: " + " ".join(
+    f"{row['name']} ({row['license']}): {row['attribution']}" for row in (REAL, READERS_SYNTHETIC, *READERS_MORE)
+)
 DESCRIPTION = (
     "A small language model that reads English texts aloud, and the voice of the demo of the package `mel_llm`. It began as "
     "`mel-llm-small-en`, the reader of the same package: six layers of SmolLM2-135M-Instruct that had learnt to hear. It writes log-mel "
@@ -39,7 +52,8 @@ LIMITS = (
     "* **Sound.** 16 kHz, through Griffin-Lim, which one hears.\n"
     "* **Texts.** It has heard novels, the Bible, dictionaries of two kinds and sentences about times, sums and journeys; numbers in "
     "digits and abbreviations it has hardly heard.\n"
-    "* **It does not read any more**: what its first form knew of that was not kept up."
+    "* **It does not read any more**: what its first form knew of that was not kept up.\n"
+    "* **Further training** goes on without the CTC term that it learnt its place in a text by, whose head is not in these files."
 )
 SAMPLES = (
     "Please enter your number, followed by the pound key.",
@@ -60,6 +74,7 @@ def add_samples(folder: Path) -> list[dict]:
         name = f"samples/{number}.flac"
         processor.save_audio(speech["audio"].squeeze(), str(folder / name), sampling_rate=speech["sampling_rate"])
         samples.append({"path": name, "text": text})
+    shutil.copyfile(HELD_OUT / "LICENSE-CC-BY-SA-3.0.txt", folder / "LICENSE-CC-BY-SA-3.0.txt")
     return samples
 
 
@@ -75,7 +90,8 @@ def main() -> None:
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         language="en",
         license="cc-by-sa-3.0",
-        data=[SYNTHETIC, MORE],
+        data=DATA,
+        attribution=READERS,
         samples=add_samples(arguments.folder),
         evaluations=[arguments.measured / "results.json"],
         intended_use=INTENDED_USE,

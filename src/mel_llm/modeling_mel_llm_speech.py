@@ -224,6 +224,8 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
             # Twice in half of the batches: what is written behind what was written is farther off
             for _ in range(1 + int(torch.rand(()) < 0.5)):
                 frames = self._with_own_patches(input_ids, attention_mask, frames, target, lengths)
+            # Autocast keeps the weights that it cast; older releases of torch also those that it cast without gradients
+            torch.clear_autocast_cache()
         return self._states_behind(input_ids, attention_mask, frames, lengths)
 
     @torch.no_grad()

@@ -246,8 +246,13 @@ def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> N
     Raises:
         ValueError: They are of other sizes.
     """
-    if model.config.audio_config.to_dict() != other.config.audio_config.to_dict():
-        raise ValueError("`other` has another audio config, so that its weights do not fit.")
+    ours, theirs = model.config.audio_config, other.config.audio_config
+    differing = {key for key, value in ours.to_dict().items() if value != theirs.to_dict().get(key)}
+    if differing - {"silence_threshold"}:  # which a new model gets where there was none
+        raise ValueError(
+            f"`other` has another audio config, so that its weights do not fit: {', '.join(sorted(differing))}."
+        )
+    ours.silence_threshold = theirs.silence_threshold
     model.model.audio_embedder.load_state_dict(other.model.audio_embedder.state_dict())
     model.model.multi_modal_projector.load_state_dict(other.model.multi_modal_projector.state_dict())
     if model.ctc_head is not None:

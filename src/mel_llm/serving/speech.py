@@ -32,7 +32,7 @@ from .http_server import error_body, make_server
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_VOICE = "default"  # the model's own: that of the first sentence is kept for the others
+DEFAULT_VOICE = "default"  # the model's own
 _MAX_BODY_BYTES = 1 << 20
 _BODY_SECONDS = 30.0
 _SEND_BYTES = 1 << 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..card_results import source_keys
-from ..configuration_mel_llm import MelLLMAudioConfig
+from ..configuration_mel_llm import MelLLMConfig
 from ..evaluation.normalizers import get_text_normalizer
 from .arguments import DataArguments, SpeechTrainingArguments
 from .command_line import prompt_cut
@@ -145,18 +145,27 @@ def tasks_of(source: SpeechSource, data, tasks: list[str]) -> list[str]:
     return [task for task in tasks if (task == "qa") == answered]
 
 
-def tell_unspellable(selections: list[Selection], audio_config: MelLLMAudioConfig, speed_factors: list[float]) -> None:
-    """Warns of clips that the CTC head has no room to spell when they are played at the fastest of the speeds."""
-    rate = audio_config.frame_rate / audio_config.reduction_factor * audio_config.ctc_rate
-    fastest = max([1.0, *speed_factors])
+def tell_unspellable(selections: list[Selection], config: MelLLMConfig, speed_factors: list[float]) -> None:
+    """Warns of clips that the CTC head of their task has no room to spell; of those to be read, when they are played at the
+    fastest of the speeds."""
+    audio, speech = config.audio_config, config.speech_config
+    rates, fastest = {}, {"asr": max([1.0, *speed_factors]), "tts": 1.0}
+    if audio.ctc_weight > 0:
+        rates["asr"] = audio.frame_rate / audio.reduction_factor * audio.ctc_rate
+    if speech is not None and speech.ctc_weight > 0:
+        rates["tts"] = audio.frame_rate / config.speech_reduction_factor * speech.ctc_rate
     for selection in selections:
-        places = [int(seconds / fastest * rate) for seconds in selection.seconds]
-        count = count_unspellable(selection.rows["text"], places) if selection.task == "asr" else 0
+        task = selection.task
+        if task not in rates:
+            continue
+        places = [int(seconds / fastest[task] * rates[task]) for seconds in selection.seconds]
+        count = count_unspellable(selection.rows["text"], places)
         if count:
-            at_speed = f" at speed {fastest:g}" if fastest > 1 else ""
+            at_speed = f" at speed {fastest[task]:g}" if fastest[task] > 1 else ""
             logger.warning(
                 f"CTC learns nothing from {count} of {len(places)} clips of {selection.source.place}{at_speed}: they have more "
-                f"letters than the {rate:g} places a second that the head has. Raise `ctc_rate` in --audio_config."
+                f"letters than the {rates[task]:g} places a second that the head has. Raise `ctc_rate` in "
+                f"--{'audio' if task == 'asr' else 'speech'}_config."
             )
 
 

@@ -98,6 +98,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         train_collator=None,
         **kwargs,
     ):
+        if not 0.0 <= history_sampling <= 1.0:
+            raise ValueError(f"`history_sampling` must be from 0 to 1, got {history_sampling}.")
         super().__init__(*args, **kwargs)
         if self.args.label_names is None:
             # All that forward() calls so, by default, and no loss for batches that lack one of them: of the tasks of
@@ -164,7 +166,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
-        if (self.ctc_only_steps or self.text_dropout or self.history_sampling) and model.training:
+        if model.training:
             for module in model.modules():
                 if isinstance(module, MelLLMForSpeechSeq2Seq):
                     module.text_dropout = self.text_dropout
