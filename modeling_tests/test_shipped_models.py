@@ -55,7 +55,7 @@ def test_the_figures_of_a_voice_are_those_that_were_measured(folder):
     results = json.loads((MEASURED / folder.name / "results.json").read_text(encoding="utf-8"))
     assert results["environment"]["command"] in card
     totals = next(system["totals"] for system in results["systems"] if system["name"].endswith(folder.name))
-    for name, pattern, scale in (("wer", "{:.1f}", 100), ("similarity", "{:.3f}", 1), ("mos", "{:.2f}", 1)):
+    for name, pattern, scale in (("wer", "{:.1f}", 100), ("similarity", "{:.3f}", 1), ("mos_ovrl", "{:.2f}", 1)):
         assert pattern.format(scale * totals[name]["value"]) in card, name
 
 

@@ -117,6 +117,7 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict]) -> bytes:
     """A PNG: the terms of the loss in one picture, error rates in another; phases are parted by lines."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     curves = curves_of(rows)
@@ -125,8 +126,11 @@ def draw(rows: list[dict]) -> bytes:
     terms = {name: points for name, points in losses.items() if name not in ("loss", "eval_loss")}
     panels = [(title, lines) for title, lines in (("loss", terms or losses), ("error rate", rates)) if lines]
     starts = list({row["run"]: row["step"] for row in reversed(rows)}.values())  # of the phases
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    many = max(len(lines) for _, lines in panels) > 6  # they have more colours, and their names stand beside the picture
+    figure = Figure(figsize=((8 if many else 6) * len(panels), 4), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        if many:
+            axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for name, points in lines.items():
             marker = "." if name.startswith("eval_") else None
             axes.plot(*_with_gaps(points, starts), marker=marker, label=name)
@@ -141,7 +145,7 @@ def draw(rows: list[dict]) -> bytes:
             ylim=(0, 1.1 * values[int(0.98 * (len(values) - 1))]),
         )
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}))
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)
     return image.getvalue()

@@ -71,7 +71,7 @@ LIMITS = (
     "out as something near.\n"
     "* **Numbers** are written as in the training data, mostly as words; capitals and punctuation are often wrong.\n"
     "* **As a language model** it can do nothing else: the layers that were taken away took that with them.\n"
-    "* **It does not speak yet.**"
+    "* **It does not speak**; its sibling `mel-llm-small-en-tts` does."
 )
 PEERS = {"judge.Whisper": "Whisper base (faster-whisper 1.2.1, int8, beam 5)"}
 SAMPLES = ("en_vm-rec-temp", "en_conf-hasjoin", "en_privacy-to-blacklist-last-caller")

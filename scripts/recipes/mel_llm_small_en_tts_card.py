@@ -41,8 +41,8 @@ DESCRIPTION = (
     "A small language model that reads English texts aloud, and the voice of the demo of the package `mel_llm`. It began as "
     "`mel-llm-small-en`, the reader of the same package: six layers of SmolLM2-135M-Instruct that had learnt to hear. It writes log-mel "
     "frames, eight at a time, from texts letter by letter, and Griffin-Lim makes them sound. **It is in training and no voice to rely on**: two "
-    "CPU cores had an hour and a half for it, with ten hours of one synthetic voice. It shows that the method and the training of the "
-    "package work, how far that little takes them, and is a place to go on from. (What is said of its training below is the last of four "
+    "CPU cores had an hour and a half for it, with fifteen hours of one synthetic voice. It shows that the method and the training of the "
+    "package work, how far that little takes them, and is a place to go on from. (What is said of its training below is the last of five "
     "phases; the others are in `docs/results.md` of the package.)"
 )
 INTENDED_USE = "Trying the package out on a laptop; a starting point for further training; tests."
