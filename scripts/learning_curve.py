@@ -126,7 +126,9 @@ def draw(rows: list[dict]) -> bytes:
     terms = {name: points for name, points in losses.items() if name not in ("loss", "eval_loss")}
     panels = [(title, lines) for title, lines in (("loss", terms or losses), ("error rate", rates)) if lines]
     starts = list({row["run"]: row["step"] for row in reversed(rows)}.values())  # of the phases
-    many = max(len(lines) for _, lines in panels) > 6  # they have more colours, and their names stand beside the picture
+    many = (
+        max(len(lines) for _, lines in panels) > 6
+    )  # they have more colours, and their names stand beside the picture
     figure = Figure(figsize=((8 if many else 6) * len(panels), 4), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         if many:
