@@ -83,7 +83,7 @@ def test_a_model_that_shall_only_read_leaves_its_voice_behind(script, run, speec
     assert torch.equal(*ids)
 
 
-def test_a_model_that_shall_only_speak_leaves_behind_what_taught_it(script, tokenizer, run, tmp_path):
+def test_a_model_that_shall_only_speak_leaves_behind_what_taught_it(script, tokenizer, tmp_path):
     extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
     speech = MelLLMSpeechConfig.from_preset("small", head_hidden_size=16, postnet_channels=8, ctc_weight=1.0)
     model, processor = build_tiny(

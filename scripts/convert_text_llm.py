@@ -49,10 +49,10 @@ from mel_llm.conversion import (
 )
 from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters
+from mel_llm.training.run_model import INSTRUCTIONS
 
 
-# Of the processor; the first two can be given
-_INSTRUCTIONS = ("transcription_instruction", "speech_instruction", "continuation_instruction", "qa_instruction")
+_INSTRUCTIONS = (*INSTRUCTIONS, "speech_instruction")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Trains a small Mel-LLM to speak eight recordings of demo_clips/ by heart, and lets it speak.
 
-What this shows is that the objective, the loop that writes mel patches, the
-stop and the vocoder work together; it says nothing about texts that the model has not learnt.
+What this shows is that the objective, the loop that writes mel patches, the stop and the vocoder work together; it says
+nothing about texts that the model has not learnt.
 
     python scripts/demo_tts.py --output_dir .demo/tts            # some four minutes on one CPU thread
     python scripts/demo_tts.py --output_dir .demo/tts --plot     # and a picture of a real and a generated mel

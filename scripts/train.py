@@ -361,12 +361,9 @@ def prepare(argv: list[str]) -> Run | None:
     if training_args.ctc_only_steps and audio_config.ctc_weight == 0:
         raise ValueError("--ctc_only_steps needs a CTC head: --audio_config '{\"ctc_weight\": 0.3}'.")
     speech_config = model.config.speech_config
-    spells_speech = speech_config is not None and speech_config.ctc_weight > 0 and "tts" in data_args.tasks
-    if (
-        model_args.speech_config != ModelArguments.speech_config
-        and not spells_speech
-        and getattr(speech_config, "ctc_weight", 0)
-    ):
+    has_speller = speech_config is not None and speech_config.ctc_weight > 0
+    spells_speech = has_speller and "tts" in data_args.tasks
+    if has_speller and not spells_speech and model_args.speech_config != ModelArguments.speech_config:
         raise ValueError("--speech_config: `ctc_weight` is for speaking texts, --tasks tts.")
     if not streaming:
         tell_unspellable(selections, model.config, data_args.speed_factors)

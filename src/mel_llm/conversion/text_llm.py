@@ -247,7 +247,8 @@ def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> N
         ValueError: They are of other sizes.
     """
     ours, theirs = model.config.audio_config, other.config.audio_config
-    differing = {key for key, value in ours.to_dict().items() if value != theirs.to_dict().get(key)}
+    its_fields = theirs.to_dict()
+    differing = {key for key, value in ours.to_dict().items() if value != its_fields.get(key)}
     if differing - {"silence_threshold"}:  # which a new model gets where there was none
         raise ValueError(
             f"`other` has another audio config, so that its weights do not fit: {', '.join(sorted(differing))}."

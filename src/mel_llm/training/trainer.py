@@ -62,6 +62,22 @@ class _CountUpdates(TrainerCallback):
             head.counts_passes = True
 
 
+class _SetAids(TrainerCallback):
+    """Tells the model what of it is hidden, its own, or not learnt yet, in training; see [`SpeechTrainer`]."""
+
+    def __init__(self, text_dropout: float, history_sampling: float, ctc_only_steps: int):
+        self.text_dropout, self.history_sampling, self.ctc_only_steps = text_dropout, history_sampling, ctc_only_steps
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.models = [module for module in model.modules() if isinstance(module, MelLLMForSpeechSeq2Seq)]
+        for module in self.models:
+            module.text_dropout, module.history_sampling = self.text_dropout, self.history_sampling
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for module in self.models:
+            module.text_loss_weight = float(state.global_step >= self.ctc_only_steps)
+
+
 class SpeechTrainer(Seq2SeqTrainer):
     r"""`Seq2SeqTrainer` that follows a [`SpeechSampler`] and can make features on the model's device.
 
@@ -105,13 +121,11 @@ class SpeechTrainer(Seq2SeqTrainer):
             # All that forward() calls so, by default, and no loss for batches that lack one of them: of the tasks of
             # SPECTRON's model some have no `spectrogram_labels`
             self.label_names = ["labels"]
-        self.ctc_only_steps = ctc_only_steps
-        self.text_dropout = text_dropout
-        self.history_sampling = history_sampling
         self.train_sampler = train_sampler
         self.train_collator = train_collator
         self._terms = _Means()
         self.add_callback(_CountUpdates())
+        self.add_callback(_SetAids(text_dropout, history_sampling, ctc_only_steps))
         self.meter = ThroughputMeter(self.model.config.audio_config.frame_rate)
         self.add_callback(self.meter)
         if train_sampler is not None:
@@ -166,12 +180,6 @@ class SpeechTrainer(Seq2SeqTrainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
-        if model.training:
-            for module in model.modules():
-                if isinstance(module, MelLLMForSpeechSeq2Seq):
-                    module.text_dropout = self.text_dropout
-                    module.history_sampling = self.history_sampling
-                    module.text_loss_weight = float(self.state.global_step >= self.ctc_only_steps)
         weight = _weight(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
