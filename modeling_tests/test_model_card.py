@@ -237,6 +237,32 @@ def test_adapters_keep_what_peft_says_of_them(tiny, tmp_path):
     assert "base_model" not in data and "not on the Hub" in text and "/home/ada" not in text
 
 
+def test_continuations_and_answers_have_tables_of_their_own(model_folder):
+    """As scripts/evaluate_continuation.py writes them: one file, two evaluations."""
+    place = "recordings,split=test"
+    measured = {name: {"value": value} for name, value in (("text_speech_wer", 0.5), ("nll_per_token", 4.25))}
+    answered = {"speech_accuracy": {"value": 0.125, "low": 0.1, "high": 0.15}}
+    systems = [
+        {"name": "natural continuation", "settings": {"kind": "reference"}, "num_utterances": 7},
+        {"name": "runs/my-mel-llm", "settings": {"kind": "model"}, "num_utterances": 7, "totals": measured},
+    ]
+    results = {
+        "environment": {"command": f"python scripts/evaluate_continuation.py --data {place}"},
+        "arguments": {"data": place, "qa": "/home/ada/questions.json"},
+        "tasks": {"continuation": systems, "qa": [{**systems[1], "totals": answered}]},
+    }
+    card = create_model_card(model_folder, tasks=["continuation", "qa"], evaluations=[results])
+    assert "### Continuations: recordings, split test" in card.text and "### Answers: questions.json\n" in card.text
+    assert "| this model | 7 | 50.00 | 4.25 |" in card.text and "12.5 (10.0 to 15.0)" in card.text
+    assert "| natural continuation | 7 | – | – |" in card.text and "/home/ada" not in card.text
+    published = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert published == {
+        ("recordings, split test", "text_speech_wer"): 50.0,
+        ("questions.json", "speech_accuracy"): 12.5,
+    }
+    assert {result.task_type for result in card.data.eval_results} == {"audio-to-audio"} == {card.data.pipeline_tag}
+
+
 def test_nobodys_words_are_overwritten(model_folder):
     path = model_folder / "README.md"
     path.write_text("# Mine\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 
-ASR, TTS = "automatic-speech-recognition", "text-to-speech"
+ASR, TTS, GOES_ON = "automatic-speech-recognition", "text-to-speech", "audio-to-audio"
 
 # What a number is called, how it is written, and what it is multiplied by, in the table and in the metadata
 _METRICS = {
@@ -24,11 +24,27 @@ _METRICS = {
     "duration_ratio": ("duration ratio", "{:.3f}", 1),
     "rtfx": ("times real time", "{:.1f}", 1),
     "guarded": ("ended by a guard, %", "{:.1f}", 100),
+    "text_speech_wer": ("WER of speech to its text, %", "{:.2f}", 100),
+    "wordless": ("without a word, %", "{:.1f}", 100),
+    "text_accuracy": ("answered in text, %", "{:.1f}", 100),
+    "speech_accuracy": ("answered in speech, %", "{:.1f}", 100),
+    "nll_per_utterance": ("log-perplexity", "{:.1f}", 1),
+    "nll_per_token": ("log-perplexity of a token", "{:.2f}", 1),
     "loss": ("loss", "{:.4f}", 1),
 }
 _RATES = ("wer", "cer", "guarded")
 # How good it is, in the metadata; the others depend on the machine or say nothing by themselves
-_PUBLISHED = ("wer", "cer", "accuracy", "similarity", "mcd", "mel_l1")
+_PUBLISHED = (
+    "wer",
+    "cer",
+    "accuracy",
+    "similarity",
+    "mcd",
+    "mel_l1",
+    "text_speech_wer",
+    "text_accuracy",
+    "speech_accuracy",
+)
 # Of a training run: how long something took is no result of the model
 _NO_RESULT = re.compile(r"(runtime|_per_second|epoch|model_preparation_time|mem_|jit_compilation)")
 _LOCAL_PATH = re.compile(r"(?<![\w.:/~\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s,'\"=:/\\]+[/\\])*([^\s,'\"=:/\\]+)")
@@ -36,6 +52,8 @@ _LOCAL_PATH = re.compile(r"(?<![\w.:/~\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s,'\"=:/\\]
 _SECRET = re.compile(
     r"\bhf_\w{8,}|(--?(?:\w+[-_])*(?:token|api[-_]?key|password|secret)(?:\s+|=))[^\s-]\S*", re.IGNORECASE
 )
+# Texts, or spoken questions: a file has no splits
+_FILES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 # An error rate above this is a percentage, or of another thing
 _MOST_ERRORS = 3.0
 
@@ -72,7 +90,7 @@ class Score:
 class Evaluation:
     """What was measured on one set of data: rows of (system, scores), and where the numbers come from."""
 
-    task: str
+    task: str  # as the Hub calls it
     dataset: str
     rows: list[tuple[str, str, list[Score]]]  # name, number of utterances as text, scores
     config: str | None = None
@@ -84,6 +102,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     # Numbers on what the model was trained on are shown, but not published as results
     is_published: bool = True
+    heading: str = "Transcripts"  # of its table, before what it was measured on
 
     @property
     def title(self) -> str:
@@ -152,8 +171,8 @@ def is_hub_id(name: str | None) -> bool:
     return bool(name) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", name) is not None and not os.path.exists(name)
 
 
-def read_evaluation(source, model_name: str) -> Evaluation:
-    r"""One evaluation.
+def read_evaluations(source, model_name: str) -> list[Evaluation]:
+    r"""The evaluations of one source.
 
     Args:
         source (`str`, `os.PathLike` or `dict`): A JSON file, its content, or a dict with `file` and what the file does
@@ -179,7 +198,18 @@ def read_evaluation(source, model_name: str) -> Evaluation:
             raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
         given = {**content, **given}
     if isinstance(given.get("systems"), list):
-        return _speech_evaluation(given, label, model_name)
+        place = (given.get("arguments") or {}).get("data")
+        return [_systems_evaluation(given, label, model_name, TTS, "Speech", place)]
+    if isinstance(given.get("tasks"), dict):
+        arguments = given.get("arguments") or {}
+        told = (("continuation", "Continuations", "data"), ("qa", "Answers", "qa"))
+        return [
+            _systems_evaluation(
+                {**given, "systems": given["tasks"][task]}, label, model_name, GOES_ON, heading, arguments.get(option)
+            )
+            for task, heading, option in told
+            if task in given["tasks"]
+        ]
     numbers = given.get("metrics")
     if numbers is None:
         numbers = {key.removeprefix("eval_"): value for key, value in given.items()}
@@ -201,8 +231,9 @@ def read_evaluation(source, model_name: str) -> Evaluation:
             f'{label} does not say what it was measured on: pass {{"file": ..., "dataset": NAME, "split": ...}}.'
         )
     hub_id = is_hub_id(dataset)
-    return Evaluation(
-        task=given.get("task") or ASR,
+    task = given.get("task") or ASR
+    evaluation = Evaluation(
+        task=task,
         dataset=dataset if hub_id else local_name(dataset),
         rows=[("this model", str(given.get("num_utterances") or ""), scores)],
         config=given.get("config"),
@@ -211,7 +242,9 @@ def read_evaluation(source, model_name: str) -> Evaluation:
         place=dataset,
         command=given.get("command") or (given.get("environment") or {}).get("command"),
         notes=[*_environment(given.get("environment")), *_as_list(given.get("notes"))],
+        heading="Speech" if task == TTS else "Transcripts",
     )
+    return [evaluation]
 
 
 def scores_of(numbers: dict) -> list[Score]:
@@ -230,7 +263,10 @@ def scores_of(numbers: dict) -> list[Score]:
     return sorted(scores, key=lambda score: order.index(score.metric) if score.metric in order else len(order))
 
 
-def _speech_evaluation(given: dict, label: str, model_name: str) -> Evaluation:
+def _systems_evaluation(
+    given: dict, label: str, model_name: str, task: str, heading: str, measured_on: str | None
+) -> Evaluation:
+    """Of several systems, with bounds and judges."""
     systems = given["systems"]
     own = [
         index for index, system in enumerate(systems) if (system.get("settings") or {}).get("kind", "model") == "model"
@@ -240,10 +276,9 @@ def _speech_evaluation(given: dict, label: str, model_name: str) -> Evaluation:
     if len(own) != 1:
         names = ", ".join(str(system.get("name")) for system in systems)
         raise ValueError(f"{label} does not tell which of its systems is {model_name}: {names}.")
-    arguments = given.get("arguments") or {}
-    place, *options = str(given.get("dataset") or arguments.get("data") or "").split(",")
+    place, *options = str(given.get("dataset") or measured_on or "").split(",")
     if not place:
-        raise ValueError(f"{label} does not say what it was measured on: there is no `arguments.data`.")
+        raise ValueError(f"{label} does not say what it was measured on: its `arguments` have no data.")
     options = dict(option.split("=", 1) for option in options if "=" in option)
     hub_id = is_hub_id(place)
     rows = []
@@ -264,16 +299,17 @@ def _speech_evaluation(given: dict, label: str, model_name: str) -> Evaluation:
     judges = [f"{name}: {without_local_paths(str(text))}" for name, text in (given.get("judges") or {}).items()]
     intervals = [f"In brackets: {given['intervals']}."] if given.get("intervals") else []
     return Evaluation(
-        task=TTS,
+        task=task,
         dataset=place if hub_id else local_name(place),
         rows=rows,
         config=given.get("config") or options.get("config"),
-        split=given.get("split") or options.get("split") or (None if place.endswith(".txt") else "validation"),
+        split=given.get("split") or options.get("split") or (None if place.endswith(_FILES) else "validation"),
         is_local=not hub_id,
         place=place,
         own=own[0],
         command=given.get("command") or (environment or {}).get("command"),
         notes=[*_environment(environment), *judges, *intervals, *_as_list(given.get("notes"))],
+        heading=heading,
     )
 
 
@@ -322,6 +358,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 __all__ = [
     "ASR",
+    "GOES_ON",
     "TTS",
     "Evaluation",
     "Score",
@@ -329,7 +366,7 @@ __all__ = [
     "is_hub_id",
     "local_name",
     "local_names",
-    "read_evaluation",
+    "read_evaluations",
     "results_table",
     "scores_of",
     "table",

@@ -18,11 +18,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from .card_results import (
     ASR,
+    GOES_ON,
     TTS,
     Evaluation,
     is_hub_id,
     local_name,
-    read_evaluation,
+    read_evaluations,
     results_table,
     scores_of,
     source_keys,
@@ -42,8 +43,7 @@ _MARKED = re.compile(r"\n<!-- Written by mel_llm\.create_model_card[^\n]*: ([0-9
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _NAME_OF_LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _SEEN = "**The model was trained on these clips**: this does not tell how it does on others."
-_GOES_ON = "audio-to-audio"
-_TASK_TAGS = {"asr": ASR, "tts": TTS, "continuation": _GOES_ON, "qa": _GOES_ON}
+_TASK_TAGS = {"asr": ASR, "tts": TTS, "continuation": GOES_ON, "qa": GOES_ON}
 _TASK_VERBS = {"asr": "read", "tts": "speak", "continuation": "go on with speech", "qa": "answer spoken questions"}
 _PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -90,7 +90,7 @@ def create_model_card(
             `license_name`, and `license_link` is where it can be read.
         data: What is to be said about the training data: dicts with `name` (of the folder, or of a dataset of the Hub),
             and `license`, `url`, `attribution`, `hours`, `clips`.
-        evaluations: JSON files, or dicts; see [`mel_llm.card_results.read_evaluation`].
+        evaluations: JSON files, or dicts; see [`mel_llm.card_results.read_evaluations`].
         samples: Recordings in the folder, or URLs: names, or dicts with `path` and `text`.
         tasks (list, *optional*): `"asr"`, `"tts"`, `"continuation"`, `"qa"`: what it was trained for; by default as the
             training run says.
@@ -129,7 +129,8 @@ def create_model_card(
     speaks = config is not None and config.speech_config is not None and ("tts" in tasks or not goes_on)
     reads = "asr" in tasks or not (goes_on or (tasks == ["tts"] and speaks))
     rows = _data_rows(run, data)
-    results = [_checked(read_evaluation(source, name), run) for source in evaluations]
+    read = [evaluation for source in evaluations for evaluation in read_evaluations(source, name)]
+    results = [_checked(evaluation, run) for evaluation in read]
     _check_names(results)
     while_training = _training_evaluations(run)
     base_model, adapter_base = _base_models(base_model, run, config, adapter)
@@ -144,9 +145,9 @@ def create_model_card(
             "license_name": license_name,
             "license_link": license_link,
             "library_name": "peft" if adapter else "transformers",
-            "pipeline_tag": ASR if reads else TTS if speaks else _GOES_ON,
+            "pipeline_tag": ASR if reads else TTS if speaks else GOES_ON,
             "tags": ["mel_llm", "speech", *([ASR] if reads else []), *([TTS] if speaks else [])]
-            + [*([_GOES_ON] if goes_on else []), *tags]
+            + [*([GOES_ON] if goes_on else []), *tags]
             # As PEFT tags adapters, whose library is PEFT itself
             + (["transformers"] if adapter else [])
             + (["lora"] if adapter.get("peft_type") == "LORA" else []),
@@ -580,7 +581,7 @@ def _losses(state: dict) -> list[tuple[str, str]]:
 def _results_text(results: list[Evaluation], while_training: list[Evaluation]) -> str:
     parts = []
     for evaluation in results:
-        parts.append(f"### {'Speech' if evaluation.task == TTS else 'Transcripts'}: {evaluation.title}")
+        parts.append(f"### {evaluation.heading}: {evaluation.title}")
         parts.append(results_table(evaluation))
         if evaluation.command:
             parts.append(f"```bash\n{without_local_paths(evaluation.command)}\n```")
