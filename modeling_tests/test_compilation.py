@@ -7,9 +7,10 @@ import torch
 from conftest import build_tiny
 from test_ctc import batch_of
 from test_train_script import SCRATCH, folder, losses, script, train, words  # noqa: F401  (fixtures among them)
+from torch._dynamo.utils import counters
 from transformers import AutoModelForSpeechSeq2Seq
 
-from mel_llm.training import compile_layers
+from mel_llm.training import SpeechTrainer, TranscriptionCollator, compile_layers
 from mel_llm.training.arguments import SpeechTrainingArguments
 
 
@@ -47,6 +48,26 @@ def test_a_compiled_run_leaves_a_model_like_any_other(script, folder, tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
     _, info = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "compiled", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@needs_a_compiler
+def test_an_evaluation_compiles_nothing(tokenizer, speech_clips, tmp_path):
+    """Transcribing would have every length of the cache compiled anew, which took longer than the evaluation itself."""
+    model, processor = build_tiny(tokenizer)
+    compile_layers(model)
+    trainer = SpeechTrainer(
+        model=model,
+        args=SpeechTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", generation_max_length=12),
+        eval_dataset=[{"audio": clip["array"], "text": clip["text"]} for clip in speech_clips[:2]],
+        data_collator=TranscriptionCollator(processor),
+        processing_class=processor,
+    )
+    torch.compiler.reset()  # what other tests compiled
+    counters.clear()
+    trainer.evaluate()
+    assert not counters["frames"]
+    model.train()(**batch_of(processor, speech_clips[:2])).loss.backward()
+    assert counters["frames"]  # what the trainer trains is compiled
 
 
 def test_bfloat16_needs_no_gpu(tmp_path):

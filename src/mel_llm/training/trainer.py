@@ -229,7 +229,9 @@ class SpeechTrainer(Seq2SeqTrainer):
             with_kwargs=True,
         )
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            # Compiled layers are for training: a cache that grows has each of its first lengths compiled anew
+            with torch.compiler.set_stance("force_eager"):
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             hook.remove()
         for name, value in terms.take(self.args.world_size).items():
