@@ -165,6 +165,20 @@ def test_the_report_has_what_was_measured_beside_what_was_published(finished):
     assert (folder / "study-study-all.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_loss_of_speech_is_no_cross_entropy(script, tmp_path):
+    speaks, both = tmp_path / "speaks", tmp_path / "both"
+    for run, metrics in (
+        (speaks, {"eval_loss": 1.5, "eval_tts_loss": 1.5}),
+        (both, {"eval_tts_loss": 1.25, "eval_asr_loss": 9.0, "eval_asr_text": 3.0, "eval_asr_wer": 0.5}),
+    ):
+        (run / "model").mkdir(parents=True)
+        (run / "model" / "training_summary.json").write_text(json.dumps({"metrics": metrics}))
+    assert script.study_report.result_of(speaks) == {"speech_loss": 1.5, "device": "cpu"}
+    result = script.study_report.result_of(both)
+    assert (result["wer"], result["text_loss"], result["speech_loss"]) == (50.0, 3.0, 1.25)
+    assert script.study_report.in_short(both / "model") == "WER 50.0 %, cross-entropy 3.000, speech 1.250"
+
+
 def test_what_is_done_is_not_done_again(script, finished, speech, capsys):
     config, folder, _, _ = finished
     before = {name: (folder / name / "log.txt").stat().st_size for name in ("text-lm", "whole")}

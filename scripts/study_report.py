@@ -22,6 +22,7 @@ COLUMNS = (
     ("CER (%)", "cer", "{:.1f}"),
     ("cross-entropy", "text_loss", "{:.3f}"),
     ("CTC loss", "ctc_loss", "{:.3f}"),
+    ("speech loss", "speech_loss", "{:.3f}"),
     ("hours of speech", "hours", "{:.2f}"),
     ("trained weights", "trained", "{:,}"),
     ("speed", "relative_speed", "{:.2f}×"),
@@ -53,8 +54,10 @@ def result_of(folder: Path) -> dict:
     result = {
         "wer": first("eval_asr_wer", "eval_wer", scale=100),
         "cer": first("eval_asr_cer", "eval_cer", scale=100),
-        "text_loss": first("eval_asr_text", "eval_asr_loss", "eval_loss"),
+        # A model that speaks alone has no other loss than the speech's
+        "text_loss": first("eval_asr_text", "eval_asr_loss", *([] if "eval_tts_loss" in metrics else ["eval_loss"])),
         "ctc_loss": first("eval_asr_ctc"),
+        "speech_loss": first("eval_tts_loss"),
         "hours": sum(report["hours"] for report in train.values()) if train else None,
         "trained": (summary.get("parameters") or {}).get("trained"),
         "speed": resources.get("audio_seconds_per_second"),
@@ -72,7 +75,12 @@ def in_short(model: Path) -> str:
 
 
 def _short(result: dict) -> str:
-    names = {"wer": "WER {:.1f} %", "text_loss": "cross-entropy {:.3f}", "ctc_loss": "CTC {:.3f}"}
+    names = {
+        "wer": "WER {:.1f} %",
+        "text_loss": "cross-entropy {:.3f}",
+        "ctc_loss": "CTC {:.3f}",
+        "speech_loss": "speech {:.3f}",
+    }
     return ", ".join(text.format(result[name]) for name, text in names.items() if name in result)
 
 
