@@ -365,6 +365,7 @@ def test_what_cannot_work_is_told_before_training(script, folder, tmp_path, argu
         (["--packing", "--text_dropout", "0.1"], "--text_dropout is for reading"),
         (["--text_dropout", "1"], "--text_dropout must be at least 0 and less than 1"),
         (["--history_sampling", "0.5"], "--history_sampling is for speaking"),
+        (["--tasks", "continuation", "--history_sampling", "-1"], "--history_sampling must be from 0 to 1"),
         (["--tasks", "tts", "--history_sampling", "2"], "--history_sampling must be from 0 to 1"),
     ],
 )

@@ -223,6 +223,37 @@ def test_speech_depends_on_the_prompt_and_on_the_text(continuing):
     assert (after[:, 8] - before[:, 8]).abs().max() > 1e-3
 
 
+def test_the_history_may_be_the_models_own_in_training(tokenizer):
+    """As for speaking texts; the text, which stands before, is learnt as ever."""
+    model, _ = build_continuing(tokenizer)
+    r = model.speech_head.reduction_factor
+    batch = batch_of()
+    histories = []
+    embed = model._embed_history
+    model._embed_history = lambda frames, lengths: histories.append(frames) or embed(frames, lengths)
+    recorded = model(**batch)
+    whole = recorded.spectrogram.shape[1] // r
+    model.history_sampling = 0.5
+    assert torch.equal(model(**batch).loss, recorded.loss)  # an evaluation has none of it
+    recording, written = (
+        frames[0, : whole * r].unflatten(0, (-1, r)) for frames in (histories[0], recorded.spectrogram)
+    )
+    shares = []
+    for seed in range(6):
+        histories.clear()
+        model.train()
+        torch.manual_seed(seed)
+        output = model(**batch)
+        output.loss.backward()
+        assert len(histories) in (2, 3)  # once, or twice on end
+        torch.testing.assert_close(output.losses["text"], recorded.losses["text"])
+        first = histories[1][0, : whole * r].unflatten(0, (-1, r))
+        own = (first != recording).flatten(1).any(-1)
+        torch.testing.assert_close(first[own], written[own], rtol=1e-4, atol=1e-4)
+        shares.append(own.float().mean().item())
+    assert 0.2 < sum(shares) / len(shares) < 0.8
+
+
 def test_gradients_reach_every_part(tokenizer):
     model, _ = build_continuing(tokenizer, audio=CONFORMER)
     model.train()

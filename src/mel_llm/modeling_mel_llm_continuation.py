@@ -142,9 +142,12 @@ class MelLLMForSpeechContinuation(MelLLMContinuationGenerationMixin, MelLLMForTe
         text = self._continuation_text(labels.to(input_ids.device), speaks)
         target, lengths = self._whole_patches(self.normalize(spectrogram_labels), frames.clamp(min=1))
         lengths = lengths * speaks
-        text_states, speech_states = self._continuation_states(
-            features, feature_mask, input_ids, prompt_mask, text, target, lengths
-        )
+
+        def states_behind(history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._continuation_states(features, feature_mask, input_ids, prompt_mask, text, history, lengths)
+
+        history = self._sampled_history(target, lambda frames: states_behind(frames)[1])
+        text_states, speech_states = states_behind(history)
 
         terms: dict[str, torch.Tensor] = {}
         logits = self._output_logits(text_states)
@@ -179,12 +182,12 @@ class MelLLMForSpeechContinuation(MelLLMContinuationGenerationMixin, MelLLMForTe
         silent = (labels == -100).all(-1) & speaks
         return self._append_end_of_text(labels).masked_fill(silent[:, None], -100)
 
-    def _continuation_states(self, features, feature_mask, input_ids, prompt_mask, text, target, lengths):
+    def _continuation_states(self, features, feature_mask, input_ids, prompt_mask, text, frames, lengths):
         """Hidden states under teacher forcing: those that predict each token of `text` `(B, L, D)`, and those at "begin" and
         at each patch `(B, M + 1, D)`."""
         batch_size, num_prompt, num_text = len(input_ids), input_ids.shape[1], text.shape[1]
         r = self.speech_head.reduction_factor
-        history = self._embed_history(target, lengths)
+        history = self._embed_history(frames, lengths)
         places = torch.arange(history.shape[1], device=text.device)
         patch_mask = places < ((lengths + r - 1) // r)[:, None]
         speech_mask = torch.cat([(lengths > 0)[:, None], patch_mask], dim=1)

@@ -5,6 +5,7 @@ predicts patch t + 1, and each state also says whether the speech is over. The p
 objective and its weights; the layout of the sequence, the prompt and the guards of generation are ours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -219,19 +220,28 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
 
     def _teacher_forced_states(self, input_ids, attention_mask, target, lengths) -> torch.Tensor:
         """States at "begin" and at each patch, `(B, M + 1, D)`."""
+        frames = self._sampled_history(
+            target, lambda history: self._states_behind(input_ids, attention_mask, history, lengths)
+        )
+        return self._states_behind(input_ids, attention_mask, frames, lengths)
+
+    def _sampled_history(
+        self, target: torch.Tensor, states_behind: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """The target's frames `(B, T, F)` with the share `history_sampling` of their patches, in training, replaced by what the
+        model writes; `states_behind(frames)` are its states `(B, M + 1, D)` with these behind them."""
         frames = target
         if self.training and self.history_sampling > 0:
             # Twice in half of the batches: what is written behind what was written is farther off
             for _ in range(1 + int(torch.rand(()) < 0.5)):
-                frames = self._with_own_patches(input_ids, attention_mask, frames, target, lengths)
+                with torch.no_grad():
+                    frames = self._with_own_patches(states_behind(frames)[:, :-1], target)
             # Autocast keeps the weights that it cast; older releases of torch also those that it cast without gradients
             torch.clear_autocast_cache()
-        return self._states_behind(input_ids, attention_mask, frames, lengths)
+        return frames
 
-    @torch.no_grad()
-    def _with_own_patches(self, input_ids, attention_mask, frames, target, lengths) -> torch.Tensor:
-        """The target with a share of its patches replaced by what the model writes behind `frames`."""
-        states = self._states_behind(input_ids, attention_mask, frames, lengths)[:, :-1]
+    def _with_own_patches(self, states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The target with a share of its patches replaced by what the model writes at `states` `(B, M, D)`."""
         own = self.speech_head.sample(states.flatten(0, 1), self._noise(states)).unflatten(0, states.shape[:2])
         taken = torch.rand(states.shape[:2], device=target.device) < self.history_sampling
         patches = target.unflatten(1, (-1, self.speech_head.reduction_factor))

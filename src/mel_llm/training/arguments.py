@@ -232,7 +232,7 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     history_sampling: float = field(
         default=0.0,
         metadata={
-            "help": "Speaking texts (tts): share of the patches behind a place that are the model's own in training instead of the "
+            "help": "Speaking: share of the patches behind a place that are the model's own in training instead of the "
             "recording's, as they are in generation. A step takes half as long again."
         },
     )

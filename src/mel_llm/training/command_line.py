@@ -87,8 +87,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
             parser.error(f"--{name} is for --tasks {','.join(sorted(tasks))}.")
     if not 0.0 <= training_args.history_sampling <= 1.0:
         parser.error(f"--history_sampling must be from 0 to 1, got {training_args.history_sampling:g}.")
-    if training_args.history_sampling and "tts" not in data_args.tasks:
-        parser.error("--history_sampling is for speaking: --tasks tts.")
+    if training_args.history_sampling and not spoken:
+        parser.error(f"--history_sampling is for speaking: --tasks {', '.join(SPEAKING_TASKS)}.")
     if not 0.0 <= training_args.text_dropout < 1.0:
         parser.error(f"--text_dropout must be at least 0 and less than 1, got {training_args.text_dropout:g}.")
     if training_args.text_dropout and ("asr" not in data_args.tasks or data_args.packing):
