@@ -376,13 +376,14 @@ def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message,
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "steps"),
+    ("name", "tasks", "steps"),
     [
-        ("mel-llm-small-en", "asr", ["1-letters", "2-short", "3-all"]),
-        ("mel-llm-small-en-tts", "tts", ["1-place", "2-own"]),
+        ("mel-llm-small-en", ["asr"], ["1-letters", "2-short", "3-all"]),
+        ("mel-llm-small-en-tts", ["tts"], ["1-place", "2-own"]),
+        ("mel-llm-small-en-continuation", ["asr", "tts", "continuation"], ["1-both"]),
     ],
 )
-def test_the_steps_of_a_recipe_are_understood(script, folder, tmp_path, name, task, steps):  # noqa: F811
+def test_the_steps_of_a_recipe_are_understood(script, folder, tmp_path, name, tasks, steps):  # noqa: F811
     recipe = ROOT / "scripts" / "recipes" / name
     files = sorted(recipe.glob("*.yaml"))
     assert [path.stem for path in files] == steps
@@ -390,7 +391,7 @@ def test_the_steps_of_a_recipe_are_understood(script, folder, tmp_path, name, ta
     for path in files:
         more = ["--train_data", folder, "--output_dir", str(tmp_path), "--use_cpu"]
         _, data, training = script.parse_arguments([str(path), *more])
-        assert data.tasks == [task] and training.max_steps > 0
+        assert data.tasks == tasks and training.max_steps > 0
         assert training.ctc_only_steps == (training.max_steps if path.stem == "1-letters" else 0)
         assert f"train {path.stem} " in shell
     subprocess.run(["bash", "-n", recipe.with_suffix(".sh")], check=True)

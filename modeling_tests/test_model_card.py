@@ -261,6 +261,8 @@ def test_continuations_and_answers_have_tables_of_their_own(model_folder):
         ("questions.json", "speech_accuracy"): 12.5,
     }
     assert {result.task_type for result in card.data.eval_results} == {"audio-to-audio"} == {card.data.pipeline_tag}
+    assert "question=True" in card.text
+    assert "question=True" not in create_model_card(model_folder, tasks=["continuation"]).text
 
 
 def test_nobodys_words_are_overwritten(model_folder):

@@ -167,6 +167,7 @@ def create_model_card(
         reads=reads,
         speaks=speaks,
         goes_on=goes_on,
+        answers="qa" in tasks,
         has_code=with_code or bool(_read_json(folder / "config.json").get("auto_map")),
         is_adapter=bool(adapter),
         adapter_base=adapter_base,
