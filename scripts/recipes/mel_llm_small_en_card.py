@@ -5,20 +5,15 @@
 The second folder has results.json and the model's scores/*.json, as scripts/evaluate_asr.py left them; its command is on the card.
 """
 
-import argparse
 import csv
 import json
-import os
 import shutil
 from pathlib import Path
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is downloaded
-
+from recipe_card import HELD_OUT, TEXTS, write_card
 from transformers import pipeline
 
-from mel_llm import create_model_card, load_audio
-from mel_llm.script_errors import told_in_a_line
+from mel_llm import load_audio
 
 
 REAL = {
@@ -27,10 +22,6 @@ REAL = {
     "attribution": "English core sounds of Asterisk 1.6.1, © 2003-2010 Allison Smith (http://www.theivrvoice.com); financial "
     "contributions: Digium, Inc. Decoded from G.722; some transcripts corrected.",
 }
-TEXTS = (
-    "of texts by Jane Austen, of the King James Bible, Bierce's Devil's Dictionary and the Jargon File (public domain), and of "
-    "templates (CC0)."
-)
 SYNTHETIC = {
     "name": "synth-en",
     "license": "those of the engines",
@@ -75,7 +66,6 @@ LIMITS = (
 )
 PEERS = {"judge.Whisper": "Whisper base (faster-whisper 1.2.1, int8, beam 5)"}
 SAMPLES = ("en_vm-rec-temp", "en_conf-hasjoin", "en_privacy-to-blacklist-last-caller")
-HELD_OUT = Path(__file__).resolve().parents[2] / "held_out_clips"
 
 
 def add_samples(folder: Path) -> list[dict]:
@@ -106,27 +96,16 @@ def describe_peers(results: Path) -> str:
     return " ".join(sentences)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of the model")
-    parser.add_argument("measured", type=Path, help="results.json and scores/ of scripts/evaluate_asr.py")
-    arguments = parser.parse_args()
-    create_model_card(
-        arguments.folder,
-        name="mel-llm-small-en",
-        description=DESCRIPTION,
-        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        language="en",
-        license="cc-by-sa-3.0",
-        data=[REAL, SYNTHETIC, *MORE],
-        samples=add_samples(arguments.folder),
-        evaluations=sorted(arguments.measured.glob("scores/*.json")),
-        intended_use=f"{INTENDED_USE} {describe_peers(arguments.measured / 'results.json')}",
-        limits=LIMITS,
-    )
-    print(f"{arguments.folder / 'README.md'} is written.")
+def details(folder: Path, measured: Path) -> dict:
+    return {
+        "description": DESCRIPTION,
+        "data": [REAL, SYNTHETIC, *MORE],
+        "samples": add_samples(folder),
+        "evaluations": sorted(measured.glob("scores/*.json")),
+        "intended_use": f"{INTENDED_USE} {describe_peers(measured / 'results.json')}",
+        "limits": LIMITS,
+    }
 
 
 if __name__ == "__main__":
-    with told_in_a_line("mel_llm_small_en_card.py"):
-        main()
+    write_card(__file__, __doc__.splitlines()[0], "results.json and scores/ of scripts/evaluate_asr.py", details)

@@ -5,21 +5,16 @@
 The second folder has results.json, as scripts/evaluate_tts.py left it; its command is on the card. The samples are spoken here.
 """
 
-import argparse
-import os
 import shutil
 from pathlib import Path
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is downloaded
-
-from mel_llm_small_en_card import HELD_OUT, REAL, TEXTS
 from mel_llm_small_en_card import MORE as READERS_MORE
+from mel_llm_small_en_card import REAL
 from mel_llm_small_en_card import SYNTHETIC as READERS_SYNTHETIC
+from recipe_card import HELD_OUT, TEXTS, write_card
 from transformers import pipeline
 
-from mel_llm import MelLLMProcessor, create_model_card
-from mel_llm.script_errors import told_in_a_line
+from mel_llm import MelLLMProcessor
 
 
 VOICE = "Synthetic speech of Piper's en_US-joe-medium (its data is CC0)"
@@ -78,28 +73,17 @@ def add_samples(folder: Path) -> list[dict]:
     return samples
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of the model")
-    parser.add_argument("measured", type=Path, help="results.json of scripts/evaluate_tts.py")
-    arguments = parser.parse_args()
-    create_model_card(
-        arguments.folder,
-        name="mel-llm-small-en-tts",
-        description=DESCRIPTION,
-        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        language="en",
-        license="cc-by-sa-3.0",
-        data=DATA,
-        attribution=READERS,
-        samples=add_samples(arguments.folder),
-        evaluations=[arguments.measured / "results.json"],
-        intended_use=INTENDED_USE,
-        limits=LIMITS,
-    )
-    print(f"{arguments.folder / 'README.md'} is written.")
+def details(folder: Path, measured: Path) -> dict:
+    return {
+        "description": DESCRIPTION,
+        "data": DATA,
+        "attribution": READERS,
+        "samples": add_samples(folder),
+        "evaluations": [measured / "results.json"],
+        "intended_use": INTENDED_USE,
+        "limits": LIMITS,
+    }
 
 
 if __name__ == "__main__":
-    with told_in_a_line("mel_llm_small_en_tts_card.py"):
-        main()
+    write_card(__file__, __doc__.splitlines()[0], "results.json of scripts/evaluate_tts.py", details)
