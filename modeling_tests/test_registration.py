@@ -195,6 +195,11 @@ def test_other_ways_to_run():
     assert result.returncode != 0 and "no_such_script.py" in result.stderr
     result = run("-m", "mel_llm", "-m", "json.tool", "--help")
     assert result.returncode == 0 and "json" in result.stdout.lower()
+    # The commands of mel-llm, for those who have no such program on the PATH; the others are transformers'
+    result = run("-m", "mel_llm", "continue", "nowhere.wav", "--text-only", "--model", "nowhere")
+    assert result.returncode == 2 and "nowhere" in result.stderr and "No such command" not in result.stderr
+    assert "mel_llm continue" in run("-m", "mel_llm", "continue", "--help").stdout
+    assert "No such command" in run("-m", "mel_llm", "sing").stderr
 
 
 @pytest.mark.cuda

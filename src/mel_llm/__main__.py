@@ -6,8 +6,9 @@ of it looks for its classes:
     python -m mel_llm run_speech_recognition_seq2seq.py --model_name_or_path ./my-mel-llm ...
     python -m mel_llm serve ./my-mel-llm
 
-A file, or a path that ends in `.py`, is run as a script; `-m NAME` runs a module; anything else is a command of the
-`transformers` command line.
+A file, or a path that ends in `.py`, is run as a script; `-m NAME` runs a module; `transcribe`, `speak` and the other commands of
+`mel-llm` are run as that does, where its folder is not on the PATH; anything else is a command of the `transformers` command
+line.
 """
 
 import os
@@ -36,6 +37,13 @@ def main() -> None:
         sys.path[0] = os.path.dirname(os.path.abspath(script))
         runpy.run_path(script, run_name="__main__")
     else:
+        from typer.main import get_command
+
+        from .cli import app
+
+        own = get_command(app)
+        if arguments[0] in own.commands:
+            own(arguments, prog_name="python -m mel_llm")
         from transformers.cli.transformers import main as transformers_main
 
         sys.argv = ["transformers", *arguments]
