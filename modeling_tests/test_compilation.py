@@ -10,7 +10,7 @@ from test_train_script import SCRATCH, folder, losses, script, train, words  # n
 from torch._dynamo.utils import counters
 from transformers import AutoModelForSpeechSeq2Seq
 
-from mel_llm.training import SpeechTrainer, TranscriptionCollator, compile_layers
+from mel_llm.training import SpeechTrainer, TranscriptionCollator, compile_layers, without_compiled_layers
 from mel_llm.training.arguments import SpeechTrainingArguments
 
 
@@ -68,6 +68,16 @@ def test_an_evaluation_compiles_nothing(tokenizer, speech_clips, tmp_path):
     assert not counters["frames"]
     model.train()(**batch_of(processor, speech_clips[:2])).loss.backward()
     assert counters["frames"]  # what the trainer trains is compiled
+
+
+def test_what_else_is_compiled_stays_so_in_an_evaluation(tokenizer):
+    """As flex attention, which without would hold every score of a long prefix."""
+    model, _ = build_tiny(tokenizer)
+    torch.compiler.reset()
+    counters.clear()
+    with without_compiled_layers(model):
+        torch.compile(lambda values: values + 1, backend="eager")(torch.ones(2))
+    assert counters["frames"]
 
 
 def test_bfloat16_needs_no_gpu(tmp_path):

@@ -10,9 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build_tiny
+from conftest import ROOT, build_tiny, load_script
 from test_train_script import SCRATCH, folder, losses, script, train, words  # noqa: F401  (fixtures among them)
-from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor, pipeline
+from transformers import (
+    AutoModelForPreTraining,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
+    AutoProcessor,
+    pipeline,
+)
 from transformers.utils import logging as transformers_logging
 
 from mel_llm import (
@@ -380,7 +386,7 @@ def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message,
     [
         ("mel-llm-small-en", ["asr"], ["1-letters", "2-short", "3-all"]),
         ("mel-llm-small-en-tts", ["tts"], ["1-place", "2-own"]),
-        ("mel-llm-small-en-continuation", ["asr", "tts", "continuation"], ["1-both"]),
+        ("mel-llm-small-en-continuation", ["asr", "tts", "continuation"], ["1-all"]),
     ],
 )
 def test_the_steps_of_a_recipe_are_understood(script, folder, tmp_path, name, tasks, steps):  # noqa: F811
@@ -395,6 +401,22 @@ def test_the_steps_of_a_recipe_are_understood(script, folder, tmp_path, name, ta
         assert training.ctc_only_steps == (training.max_steps if path.stem == "1-letters" else 0)
         assert f"train {path.stem} " in shell
     subprocess.run(["bash", "-n", recipe.with_suffix(".sh")], check=True)
+
+
+def test_a_voice_becomes_a_model_that_goes_on(speaking_tiny, tmp_path):
+    model, processor = speaking_tiny
+    model.save_pretrained(tmp_path / "voice"), processor.save_pretrained(tmp_path / "voice")
+    start = load_script("recipes/mel_llm_small_en_continuation_start")
+    start.main([str(tmp_path / "voice"), str(tmp_path / "start")])
+    going_on, info = AutoModelForPreTraining.from_pretrained(tmp_path / "start", output_loading_info=True)
+    assert type(going_on).__name__ == "MelLLMForSpeechContinuation" and not info["missing_keys"]
+    assert going_on.ctc_head is not None
+    asked = processor.tokenizer.decode(going_on.config.continuation_suffix_ids)
+    assert "Go on." in asked and asked != processor.tokenizer.decode(model.config.continuation_suffix_ids)
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(going_on.state_dict()[name], weights)
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        start.main([str(tmp_path / "voice"), str(tmp_path / "start")])
 
 
 @pytest.fixture(scope="module")

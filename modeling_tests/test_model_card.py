@@ -237,6 +237,18 @@ def test_adapters_keep_what_peft_says_of_them(tiny, tmp_path):
     assert "base_model" not in data and "not on the Hub" in text and "/home/ada" not in text
 
 
+def test_a_model_of_several_tasks_is_shown_as_what_it_is_for(speaking_folder):
+    tasks = ["asr", "tts", "continuation"]
+    card = create_model_card(speaking_folder, tasks=tasks, pipeline_tag="audio-to-audio")
+    assert card.data.pipeline_tag == "audio-to-audio"
+    assert {"automatic-speech-recognition", "text-to-speech", "audio-to-audio"} <= set(card.data.tags)
+    for task in ("automatic-speech-recognition", "text-to-speech", "speech-continuation"):
+        assert f'pipeline("{task}"' in card.text
+    assert "longer recordings are cut at pauses; of longer prompts the end is heard" in card.text
+    alone = create_model_card(speaking_folder, tasks=["tts"]).text
+    assert "cut at pauses" not in alone
+
+
 def test_continuations_and_answers_have_tables_of_their_own(model_folder):
     """As scripts/evaluate_continuation.py writes them: one file, two evaluations."""
     place = "recordings,split=test"
@@ -262,6 +274,13 @@ def test_continuations_and_answers_have_tables_of_their_own(model_folder):
     }
     assert {result.task_type for result in card.data.eval_results} == {"audio-to-audio"} == {card.data.pipeline_tag}
     assert "question=True" in card.text
+    # What is told of one data set, or of none
+    both = {**results, "dataset": "org/speech"}
+    for wrong, message in ((both, "cannot be told one `dataset`"), ({**results, "tasks": {}}, "has no numbers")):
+        with pytest.raises(ValueError, match=message):
+            create_model_card(model_folder, evaluations=[wrong])
+    questions = {**results, "arguments": {"qa": "org/questions"}, "tasks": {"qa": results["tasks"]["qa"]}}
+    assert "Answers: org/questions, split test" in create_model_card(model_folder, evaluations=[questions]).text
     assert "question=True" not in create_model_card(model_folder, tasks=["continuation"]).text
 
 
@@ -290,6 +309,10 @@ def test_nobodys_words_are_overwritten(model_folder):
         ({"samples": ["samples/0.wav"]}, "samples/0.wav"),
         ({"samples": ["../secret.wav"]}, "secret"),
         ({"tasks": ["sing"]}, "tasks"),
+        (
+            {"pipeline_tag": "text-to-speech"},
+            "`pipeline_tag` must be one of automatic-speech-recognition, which it does",
+        ),
         ({"data": [{"name": "x", "licence": "mit"}]}, "licence"),
         ({"evaluations": [{"wer": 0.1}]}, "measured on"),
         ({"evaluations": [{"dataset": "x", "words": "few"}]}, "no numbers"),

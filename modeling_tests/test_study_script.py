@@ -176,6 +176,10 @@ def test_the_loss_of_speech_is_no_cross_entropy(script, tmp_path):
     assert script.study_report.result_of(speaks) == {"speech_loss": 1.5, "device": "cpu"}
     result = script.study_report.result_of(both)
     assert (result["wer"], result["text_loss"], result["speech_loss"]) == (50.0, 3.0, 1.25)
+    (speaks / "model" / "training_summary.json").write_text(
+        json.dumps({"metrics": {"eval_loss": 2.0, "eval_qa_loss": 2.0}})
+    )
+    assert "text_loss" not in script.study_report.result_of(speaks)
     assert script.study_report.in_short(both / "model") == "WER 50.0 %, cross-entropy 3.000, speech 1.250"
 
 

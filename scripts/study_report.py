@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from mel_llm.card_results import local_name
+from mel_llm.training import SPEAKING_TASKS
 from mel_llm.whole_files import write_whole
 
 
@@ -49,13 +50,14 @@ def result_of(folder: Path) -> dict:
     def mebibytes(name):
         return None if resources.get(name) is None else resources[name] / 2**20
 
+    speaks = any(f"eval_{task}_loss" in metrics for task in SPEAKING_TASKS)
     on_gpu = resources.get("peak_gpu_memory") is not None
     train = (summary.get("data") or {}).get("train") or {}
     result = {
         "wer": first("eval_asr_wer", "eval_wer", scale=100),
         "cer": first("eval_asr_cer", "eval_cer", scale=100),
-        # A model that speaks alone has no other loss than the speech's
-        "text_loss": first("eval_asr_text", "eval_asr_loss", *([] if "eval_tts_loss" in metrics else ["eval_loss"])),
+        # Of a model that does not read, the loss is another one
+        "text_loss": first("eval_asr_text", "eval_asr_loss", *([] if speaks else ["eval_loss"])),
         "ctc_loss": first("eval_asr_ctc"),
         "speech_loss": first("eval_tts_loss"),
         "hours": sum(report["hours"] for report in train.values()) if train else None,

@@ -29,7 +29,7 @@ DATA = [
         for name in ("joe-a", "joe-b")
     ),
 ]
-READERS = "What mel-llm-small-en, from which this model began, had learnt from: " + " ".join(
+READERS = "What mel-llm-small-en, the reader that this model goes back to, had learnt from: " + " ".join(
     f"{row['name']} ({row['license']}): {row['attribution']}" for row in (REAL, READERS_SYNTHETIC, *READERS_MORE)
 )
 DESCRIPTION = (

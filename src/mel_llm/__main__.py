@@ -41,9 +41,9 @@ def main() -> None:
 
         from .cli import app
 
-        own = get_command(app)
-        if arguments[0] in own.commands:
-            own(arguments, prog_name="python -m mel_llm")
+        if arguments[0] in get_command(app).commands:
+            sys.argv = ["mel-llm", *arguments]
+            return app(prog_name="python -m mel_llm")
         from transformers.cli.transformers import main as transformers_main
 
         sys.argv = ["transformers", *arguments]

@@ -102,7 +102,11 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     # Numbers on what the model was trained on are shown, but not published as results
     is_published: bool = True
-    heading: str = "Transcripts"  # of its table, before what it was measured on
+    heading: str | None = None  # of its table, before what it was measured on; by default as the task is
+
+    def __post_init__(self):
+        if self.heading is None:
+            self.heading = {TTS: "Speech", GOES_ON: "Continuations"}.get(self.task, "Transcripts")
 
     @property
     def title(self) -> str:
@@ -197,18 +201,22 @@ def read_evaluations(source, model_name: str) -> list[Evaluation]:
         if not isinstance(content, dict):
             raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
         given = {**content, **given}
+    arguments = given.get("arguments") or {}
     if isinstance(given.get("systems"), list):
-        place = (given.get("arguments") or {}).get("data")
-        return [_systems_evaluation(given, label, model_name, TTS, "Speech", place)]
+        return [_systems_evaluation(given, label, model_name, _Measured(TTS, "Speech", arguments.get("data")))]
     if isinstance(given.get("tasks"), dict):
-        arguments = given.get("arguments") or {}
-        told = (("continuation", "Continuations", "data"), ("qa", "Answers", "qa"))
+        told = {
+            "continuation": _Measured(GOES_ON, "Continuations", arguments.get("data")),
+            "qa": _Measured(GOES_ON, "Answers", arguments.get("qa"), "test"),
+        }
+        found = [task for task in told if given["tasks"].get(task)]
+        if not found:
+            raise ValueError(f"{label} has no numbers: `tasks` has neither continuations nor answers.")
+        if len(found) > 1 and (several := [key for key in ("dataset", "config", "split") if key in given]):
+            raise ValueError(f"{label} has continuations and answers, which cannot be told one `{several[0]}`.")
         return [
-            _systems_evaluation(
-                {**given, "systems": given["tasks"][task]}, label, model_name, GOES_ON, heading, arguments.get(option)
-            )
-            for task, heading, option in told
-            if task in given["tasks"]
+            _systems_evaluation({**given, "systems": given["tasks"][task]}, label, model_name, told[task])
+            for task in found
         ]
     numbers = given.get("metrics")
     if numbers is None:
@@ -231,9 +239,8 @@ def read_evaluations(source, model_name: str) -> list[Evaluation]:
             f'{label} does not say what it was measured on: pass {{"file": ..., "dataset": NAME, "split": ...}}.'
         )
     hub_id = is_hub_id(dataset)
-    task = given.get("task") or ASR
     evaluation = Evaluation(
-        task=task,
+        task=given.get("task") or ASR,
         dataset=dataset if hub_id else local_name(dataset),
         rows=[("this model", str(given.get("num_utterances") or ""), scores)],
         config=given.get("config"),
@@ -242,7 +249,6 @@ def read_evaluations(source, model_name: str) -> list[Evaluation]:
         place=dataset,
         command=given.get("command") or (given.get("environment") or {}).get("command"),
         notes=[*_environment(given.get("environment")), *_as_list(given.get("notes"))],
-        heading="Speech" if task == TTS else "Transcripts",
     )
     return [evaluation]
 
@@ -263,9 +269,17 @@ def scores_of(numbers: dict) -> list[Score]:
     return sorted(scores, key=lambda score: order.index(score.metric) if score.metric in order else len(order))
 
 
-def _systems_evaluation(
-    given: dict, label: str, model_name: str, task: str, heading: str, measured_on: str | None
-) -> Evaluation:
+@dataclass
+class _Measured:
+    """What a script measures: the Hub's name of the task, the heading, the data that it was given, and their default split."""
+
+    task: str
+    heading: str
+    data: str | None
+    split: str = "validation"
+
+
+def _systems_evaluation(given: dict, label: str, model_name: str, measured: _Measured) -> Evaluation:
     """Of several systems, with bounds and judges."""
     systems = given["systems"]
     own = [
@@ -276,7 +290,7 @@ def _systems_evaluation(
     if len(own) != 1:
         names = ", ".join(str(system.get("name")) for system in systems)
         raise ValueError(f"{label} does not tell which of its systems is {model_name}: {names}.")
-    place, *options = str(given.get("dataset") or measured_on or "").split(",")
+    place, *options = str(given.get("dataset") or measured.data or "").split(",")
     if not place:
         raise ValueError(f"{label} does not say what it was measured on: its `arguments` have no data.")
     options = dict(option.split("=", 1) for option in options if "=" in option)
@@ -299,17 +313,17 @@ def _systems_evaluation(
     judges = [f"{name}: {without_local_paths(str(text))}" for name, text in (given.get("judges") or {}).items()]
     intervals = [f"In brackets: {given['intervals']}."] if given.get("intervals") else []
     return Evaluation(
-        task=task,
+        task=measured.task,
         dataset=place if hub_id else local_name(place),
         rows=rows,
         config=given.get("config") or options.get("config"),
-        split=given.get("split") or options.get("split") or (None if place.endswith(_FILES) else "validation"),
+        split=given.get("split") or options.get("split") or (None if place.endswith(_FILES) else measured.split),
         is_local=not hub_id,
         place=place,
         own=own[0],
         command=given.get("command") or (environment or {}).get("command"),
         notes=[*_environment(environment), *judges, *intervals, *_as_list(given.get("notes"))],
-        heading=heading,
+        heading=measured.heading,
     )
 
 

@@ -63,6 +63,7 @@ def create_model_card(
     evaluations: Sequence = (),
     samples: Sequence = (),
     tasks: Sequence[str] | None = None,
+    pipeline_tag: str | None = None,
     tags: Sequence[str] = (),
     intended_use: str | None = None,
     limits: str | None = None,
@@ -94,6 +95,8 @@ def create_model_card(
         samples: Recordings in the folder, or URLs: names, or dicts with `path` and `text`.
         tasks (list, *optional*): `"asr"`, `"tts"`, `"continuation"`, `"qa"`: what it was trained for; by default as the
             training run says.
+        pipeline_tag (`str`, *optional*): What the Hub shows it as: `"automatic-speech-recognition"`, `"text-to-speech"` or
+            `"audio-to-audio"`; by default the first of these that it does.
         tags: More tags.
         intended_use, limits, attribution (`str`, *optional*): More to be said, in Markdown.
         training (`dict`, *optional*): What a training run knows that is not in the folder's files yet; the same names.
@@ -138,6 +141,9 @@ def create_model_card(
 
     told = ((reads, "writes down what is said"), (speaks, "reads texts aloud"), (goes_on, "goes on with speech"))
     purposes = [text for done, text in told if done]
+    abilities = [tag for done, tag in ((reads, ASR), (speaks, TTS), (goes_on, GOES_ON)) if done]
+    if pipeline_tag is not None and pipeline_tag not in abilities:
+        raise ValueError(f"`pipeline_tag` must be one of {', '.join(abilities)}, which it does, got {pipeline_tag!r}.")
     card_data = _metadata(
         {
             "language": language,
@@ -145,9 +151,8 @@ def create_model_card(
             "license_name": license_name,
             "license_link": license_link,
             "library_name": "peft" if adapter else "transformers",
-            "pipeline_tag": ASR if reads else TTS if speaks else GOES_ON,
-            "tags": ["mel_llm", "speech", *([ASR] if reads else []), *([TTS] if speaks else [])]
-            + [*([GOES_ON] if goes_on else []), *tags]
+            "pipeline_tag": pipeline_tag or abilities[0],
+            "tags": ["mel_llm", "speech", *abilities, *tags]
             # As PEFT tags adapters, whose library is PEFT itself
             + (["transformers"] if adapter else [])
             + (["lora"] if adapter.get("peft_type") == "LORA" else []),
@@ -162,7 +167,7 @@ def create_model_card(
     text = environment.get_template(_TEMPLATE).render(
         name=name,
         description=description or f"A language model that {' and '.join(purposes)}.",
-        facts=_facts(folder, config, adapter, run, base_model, tasks),
+        facts=_facts(folder, config, adapter, run, base_model, tasks, reads),
         place=place,
         reads=reads,
         speaks=speaks,
@@ -446,7 +451,9 @@ def _metadata(fields: dict, name: str, evaluations: Sequence[Evaluation]) -> Mod
     return ModelCardData(**fields, **extra)
 
 
-def _facts(folder: Path, config, adapter: dict, run: dict, base_model: str | None, tasks: list[str]) -> str:
+def _facts(
+    folder: Path, config, adapter: dict, run: dict, base_model: str | None, tasks: list[str], reads: bool
+) -> str:
     rows: list[tuple[str, str]] = []
     if base_model:
         rows.append(("made from", f"[{base_model}](https://huggingface.co/{base_model})"))
@@ -466,13 +473,13 @@ def _facts(folder: Path, config, adapter: dict, run: dict, base_model: str | Non
     if adapter.get("peft_type") == "LORA":
         rows.append(("LoRA", f"r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"))
     if config is not None:
-        rows += _config_rows(config, tasks)
+        rows += _config_rows(config, tasks, reads)
     if not rows:
         return "Nothing is known of it but its adapters: the config of its base model is not at hand."
     return table(("", ""), rows)
 
 
-def _config_rows(config: MelLLMConfig, tasks: list[str]) -> list[tuple[str, str]]:
+def _config_rows(config: MelLLMConfig, tasks: list[str], reads: bool) -> list[tuple[str, str]]:
     audio, text, speech = config.audio_config, config.text_config, config.speech_config
     size = {
         "layers": getattr(text, "num_hidden_layers", None),
@@ -494,8 +501,12 @@ def _config_rows(config: MelLLMConfig, tasks: list[str]) -> list[tuple[str, str]
             f"{audio.frame_rate / audio.reduction_factor:g} a second ({audio.reduction_factor} frames each; {stem}"
             f"{encoder}; {audio.projector_type} projector)",
         ),
-        ("longest piece", f"{audio.max_audio_seconds:.3g} s; longer recordings are cut at pauses"),
     ]
+    longer = ["longer recordings are cut at pauses"] if reads else []
+    if not {"continuation", "qa"}.isdisjoint(tasks):
+        longer.append("of longer prompts the end is heard")
+    if longer:
+        rows.append(("longest piece", "; ".join([f"{audio.max_audio_seconds:.3g} s", *longer])))
     if speech is not None:
         rows.append(
             ("speech head", f"{speech.head_type}, {speech.reduction_factor or audio.reduction_factor} frames a step")

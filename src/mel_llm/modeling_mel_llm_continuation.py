@@ -146,7 +146,7 @@ class MelLLMForSpeechContinuation(MelLLMContinuationGenerationMixin, MelLLMForTe
         def states_behind(history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self._continuation_states(features, feature_mask, input_ids, prompt_mask, text, history, lengths)
 
-        history = self._sampled_history(target, lambda frames: states_behind(frames)[1])
+        history = self._sampled_history(target, lambda past: states_behind(past)[1]) if speaks.any() else target
         text_states, speech_states = states_behind(history)
 
         terms: dict[str, torch.Tensor] = {}

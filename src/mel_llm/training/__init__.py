@@ -3,7 +3,7 @@
 from ..spelling import ctc_bytes
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
-from .compilation import compile_layers
+from .compilation import compile_layers, without_compiled_layers
 from .conditions import RecordingConditions, VoiceWarp
 from .continuation import ContinuationCollator, PromptCut, QACollator, select_answered, select_continuations
 from .ctc import count_unspellable
@@ -74,4 +74,5 @@ __all__ = [
     "select_continuations",
     "train_tokenizer",
     "trainable_table",
+    "without_compiled_layers",
 ]

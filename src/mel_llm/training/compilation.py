@@ -1,5 +1,8 @@
 """The language model's layers compiled for training, one by one. Ours."""
 
+import contextlib
+
+import torch
 from torch import nn
 
 from .freezing import find_layers
@@ -15,6 +18,19 @@ def compile_layers(model: nn.Module) -> None:
     """
     for layer in find_layers(model)[1]:
         layer.compile(dynamic=True)
+        layer.is_compiled_for_training = True
 
 
-__all__ = ["compile_layers"]
+def without_compiled_layers(model: nn.Module) -> contextlib.AbstractContextManager:
+    """While this is entered, layers that [`compile_layers`] compiled run as they are written, and so does everything else that is
+    compiled (torch has no finer switch). Nothing changes for a model that has none.
+
+    Generation needs it: with a cache that grows, each of its first lengths is compiled anew, which takes longer than the
+    generation itself.
+    """
+    if any(getattr(module, "is_compiled_for_training", False) for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+__all__ = ["compile_layers", "without_compiled_layers"]

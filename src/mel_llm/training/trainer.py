@@ -22,6 +22,7 @@ from ..modeling_mel_llm_speech import MelLLMSpeechOutput
 from ..sharing_mel_llm import PROCESSOR_FILES, WEIGHT_FILES, prepare_repo, push_folder
 from ..speech_heads_mel_llm import MelLLMSpeechHead
 from .collator import TaskCollator
+from .compilation import without_compiled_layers
 from .dataset import SpeechDataset
 from .lora import count_parameters
 from .sampler import SpeechSampler
@@ -121,6 +122,11 @@ class SpeechTrainer(Seq2SeqTrainer):
             # All that forward() calls so, by default, and no loss for batches that lack one of them: of the tasks of
             # SPECTRON's model some have no `spectrogram_labels`
             self.label_names = ["labels"]
+        if history_sampling and self.is_fsdp_enabled and isinstance(self.data_collator, TaskCollator):
+            raise ValueError(
+                "`history_sampling` does not go with FSDP and several tasks: processes would wait for each other's weights in different "
+                "numbers of passes. Train one task, or use DDP."
+            )
         self.train_sampler = train_sampler
         self.train_collator = train_collator
         self._terms = _Means()
@@ -229,8 +235,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             with_kwargs=True,
         )
         try:
-            # Compiled layers are for training: a cache that grows has each of its first lengths compiled anew
-            with torch.compiler.set_stance("force_eager"):
+            with without_compiled_layers(self.model):
                 output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             hook.remove()
