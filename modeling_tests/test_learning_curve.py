@@ -52,6 +52,20 @@ def test_the_phases_of_a_training_follow_each_other(script, tmp_path):
     assert len((tmp_path / "curves" / "small.csv").read_text().splitlines()) == 3
 
 
+def test_many_terms_have_a_picture_for_each_task(script, tmp_path):
+    names = [
+        f"{task}_{term}"
+        for task in ("asr", "tts", "continuation")
+        for term in ("a", "b", "c", "d", "e", "f", "g", "h")
+    ]
+    run = write_run(tmp_path / "run", [{"step": step, **dict.fromkeys(names, 1.0 / step)} for step in (10, 20)])
+    script.main([run, "--output", str(tmp_path / "all")])
+    with Image.open(tmp_path / "all.png") as image:
+        assert image.size == (3 * 800, 400)
+    titles = [title for title, _ in script._by_task({**dict.fromkeys(names), "eval_tts_a": None})]
+    assert titles == ["loss: asr", "loss: tts", "loss: continuation"]
+
+
 def test_a_training_that_goes_on_later_has_one_curve(script, tmp_path):
     """The logs of what was before may be gone; the table is there."""
     reading, joint = (

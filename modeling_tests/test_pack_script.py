@@ -7,7 +7,13 @@ import pytest
 import torch
 from conftest import build_tiny, load_script
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSpeechSeq2Seq, AutoModelForTextToWaveform, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForPreTraining,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
+    AutoProcessor,
+)
 
 from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig
 
@@ -81,6 +87,17 @@ def test_a_model_that_shall_only_read_leaves_its_voice_behind(script, run, speec
         AutoModelForSpeechSeq2Seq.from_pretrained(path).generate(**inputs, max_new_tokens=8) for path in (folder, run)
     ]
     assert torch.equal(*ids)
+
+
+def test_a_model_that_goes_on_stays_one(script, run, tmp_path):
+    """The class that is saved tells programs what it was trained for."""
+    model = AutoModelForPreTraining.from_pretrained(run)
+    model.save_pretrained(tmp_path / "run")
+    AutoProcessor.from_pretrained(run).save_pretrained(tmp_path / "run")
+    script.pack(tmp_path / "run", tmp_path / "whole", torch.bfloat16, "15MB")
+    script.pack(tmp_path / "run", tmp_path / "voice", torch.bfloat16, "15MB", speaks_only=True)
+    classes = [AutoConfig.from_pretrained(tmp_path / name).architectures for name in ("whole", "voice")]
+    assert classes == [["MelLLMForSpeechContinuation"], ["MelLLMForTextToSpeech"]]
 
 
 def test_a_model_that_shall_only_speak_leaves_behind_what_taught_it(script, tokenizer, tmp_path):

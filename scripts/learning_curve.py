@@ -22,6 +22,8 @@ from mel_llm.whole_files import write_whole
 
 # Of every row, and no curves
 _PLACE = ("run", "step", "epoch", "learning_rate")
+# The names of more would not fit beside a picture
+_MOST_CURVES = 20
 # What the Trainer logs of its own speed
 _LEFT_OUT = ("grad_norm", "total_flos", "runtime", "per_second", "memory", "train_loss")
 
@@ -116,7 +118,8 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict]) -> bytes:
-    """A PNG: the terms of the loss in one picture, error rates in another; phases are parted by lines."""
+    """A PNG: the terms of the loss in one picture, or where they are many in one for each task, error rates in another; phases are
+    parted by lines."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -124,7 +127,7 @@ def draw(rows: list[dict]) -> bytes:
     rates = {name: points for name, points in curves.items() if name.split("_")[-1] in ("wer", "cer")}
     losses = {name: points for name, points in curves.items() if name not in rates}
     terms = {name: points for name, points in losses.items() if name not in ("loss", "eval_loss")}
-    panels = [(title, lines) for title, lines in (("loss", terms or losses), ("error rate", rates)) if lines]
+    panels = [(title, lines) for title, lines in (*_by_task(terms or losses), ("error rate", rates)) if lines]
     starts = list({row["run"]: row["step"] for row in reversed(rows)}.values())  # of the phases
     many = (
         max(len(lines) for _, lines in panels) > 6
@@ -151,6 +154,16 @@ def draw(rows: list[dict]) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)
     return image.getvalue()
+
+
+def _by_task(terms: dict[str, list]) -> list[tuple[str, dict[str, list]]]:
+    """Titles and curves: `asr_ctc` and `eval_asr_ctc` are of one task."""
+    if len(terms) <= _MOST_CURVES:
+        return [("loss", terms)]
+    tasks: dict[str, dict[str, list]] = {}
+    for name, points in terms.items():
+        tasks.setdefault(name.removeprefix("eval_").split("_")[0], {})[name] = points
+    return [(f"loss: {task}", lines) for task, lines in tasks.items()]
 
 
 def _with_gaps(points: list[tuple[int, float]], starts: list[int]) -> tuple[list[float], list[float]]:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForPreTraining,
     AutoModelForSpeechSeq2Seq,
     AutoModelForTextToWaveform,
     AutoProcessor,
@@ -70,7 +71,11 @@ def load(run: Path, reads_only: bool = False, speaks_only: bool = False) -> PreT
             raise ValueError(f"--speaks_only: {run} has no speech head.")
         config.audio_config.ctc_weight = config.audio_config.ctc_decoding_weight = 0.0
         config.speech_config.ctc_weight = 0.0
-    auto_class = AutoModelForSpeechSeq2Seq if config.speech_config is None else AutoModelForTextToWaveform
+    goes_on = mel_llm.MelLLMForSpeechContinuation.__name__ in (config.architectures or ()) and not speaks_only
+    if config.speech_config is None:
+        auto_class = AutoModelForSpeechSeq2Seq
+    else:  # the same weights; the class that is saved tells what it is for
+        auto_class = AutoModelForPreTraining if goes_on else AutoModelForTextToWaveform
     model, info = auto_class.from_pretrained(run, config=config, dtype=torch.float32, output_loading_info=True)
     # transformers makes up what is missing and goes on
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
