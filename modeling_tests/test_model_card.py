@@ -256,7 +256,7 @@ def test_continuations_and_answers_have_tables_of_their_own(model_folder):
     answered = {"speech_accuracy": {"value": 0.125, "low": 0.1, "high": 0.15}}
     systems = [
         {"name": "natural continuation", "settings": {"kind": "reference"}, "num_utterances": 7},
-        {"name": "runs/my-mel-llm", "settings": {"kind": "model"}, "num_utterances": 7, "totals": measured},
+        {"name": "runs/my-mel-llm", "settings": {"kind": "continuation"}, "num_utterances": 7, "totals": measured},
     ]
     results = {
         "environment": {"command": f"python scripts/evaluate_continuation.py --data {place}"},

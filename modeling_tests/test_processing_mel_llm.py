@@ -371,6 +371,9 @@ def test_save_audio_is_whole_or_not_at_all(tiny, tmp_path):
         processor.save_audio(wave[None], tmp_path / name)
         back, rate = soundfile.read(tmp_path / name)
         assert rate == 16000 and len(back) == 1600
+        (tmp_path / "like").touch()  # with the rights of any file: a server runs as somebody else
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "like").stat().st_mode
+        (tmp_path / "like").unlink()
     processor.save_audio(wave, tmp_path / "b.wav", sampling_rate=24000)
     assert soundfile.info(str(tmp_path / "b.wav")).samplerate == 24000
     before = (tmp_path / "a.wav").read_bytes()

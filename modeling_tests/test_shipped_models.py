@@ -17,6 +17,9 @@ from mel_llm.publishing import file_problems
 SHIPPED = sorted(path.parent for path in (ROOT / "hub_cards").glob("*/config.json"))
 SPEAKERS = [folder for folder in SHIPPED if AutoConfig.from_pretrained(folder).speech_config is not None]
 READERS = [folder for folder in SHIPPED if folder not in SPEAKERS]
+CONTINUERS = [
+    folder for folder in SPEAKERS if "MelLLMForSpeechContinuation" in AutoConfig.from_pretrained(folder).architectures
+]
 MEASURED = ROOT / "docs" / "measured"
 HELD_OUT = ROOT / "held_out_clips"
 
@@ -38,7 +41,7 @@ def test_a_repository_is_complete_and_small(folder):
     assert not info["missing_keys"] and not info["mismatched_keys"]
 
 
-@pytest.mark.parametrize("folder", READERS, ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", READERS + CONTINUERS, ids=lambda path: path.name)
 def test_the_figures_of_a_card_are_those_that_were_measured(folder):
     card = (folder / "README.md").read_text(encoding="utf-8")
     files = sorted((MEASURED / folder.name).glob("scores/*.json"))
@@ -81,6 +84,35 @@ def test_a_voice_speaks_as_it_was_measured(folder):
     now = sum(len(audio) for audio in output.audio) / 16000
     assert now == pytest.approx(sum(row["audio"]["seconds"] for row in rows), rel=0.15)
     assert all(audio.std() > 0.01 for audio in output.audio)
+
+
+@pytest.mark.parametrize("folder", CONTINUERS, ids=lambda path: path.name)
+def test_the_figures_of_continuations_are_those_that_were_measured(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    results = json.loads((MEASURED / folder.name / "continuation.json").read_text(encoding="utf-8"))
+    assert results["environment"]["command"] in card
+    systems = results["tasks"]["continuation"]
+    totals = next(system["totals"] for system in systems if system["name"].endswith(folder.name))
+    table = card.split("### Continuations", 1)[1].split("```", 1)[0]
+    row = next(line for line in table.splitlines() if line.startswith("| this model |"))
+    for name, pattern, scale in (("text_speech_wer", "| {:.2f} (", 100), ("nll_per_token", "| {:.2f} (", 1)):
+        assert pattern.format(scale * totals[name]["value"]) in row, name
+
+
+@pytest.mark.parametrize("folder", CONTINUERS, ids=lambda path: path.name)
+def test_prompts_are_gone_on_with_as_the_card_tells(folder):
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    prompts = sorted((MEASURED / folder.name / "prompts").glob("*.flac"))
+    assert len(prompts) >= 3
+    speaker = pipeline("speech-continuation", model=str(folder), device="cpu")
+    said = [speaker(str(prompt), seed=0) for prompt in prompts]
+    # In another batch, on another machine: a text may take another turn, most of them not
+    told = [any(line.endswith(f" It writes: {result['text']}") for line in lines) for result in said]
+    assert sum(told) >= len(said) - 1
+    for result in said:
+        audio = result["audio"].squeeze()
+        assert len(result["text"]) > 10 and audio.std() > 0.01
+        assert 0.2 < len(audio) / result["sampling_rate"] < 12
 
 
 @pytest.mark.parametrize("folder", READERS, ids=lambda path: path.name)

@@ -223,7 +223,7 @@ def _where(done: list[dict], results: dict) -> str:
         return "No run is finished yet."
     environments = [record["environment"] for record in done]
     dates = sorted(environment["date"] for environment in environments)
-    machines = sorted({f"{e['cpu']}, {e['cores']} cores" for e in environments})
+    machines = sorted({f"{e['cpu']}, {e['cores']} core{'s' * (e['cores'] != 1)}" for e in environments})
     machines += sorted({result["device"] for result in results.values() if result} - {"cpu"})
     versions = environments[-1]["versions"]
     minutes = sum(record["seconds"] for record in done) / 60

@@ -3,7 +3,7 @@
     python scripts/recipes/mel_llm_small_en_continuation_start.py hub_cards/mel-llm-small-en-tts runs/start
 
 It gets the prompts for going on and for answering, short ones: every letter of them is a token in every example. And a CTC head for
-reading, which is new; the stem has been kept at work by the history of what it speaks.
+reading, which is new, and has a say in what is read; the stem has been kept at work by the history of what it speaks.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     processor = MelLLMProcessor.from_pretrained(arguments.voice)
     processor.continuation_instruction, processor.qa_instruction = "Go on.", "Answer."
     config = MelLLMConfig.from_pretrained(arguments.voice)
-    config.audio_config.ctc_weight = 1.5
+    config.audio_config.ctc_weight, config.audio_config.ctc_decoding_weight = 1.5, 0.5
     config.continuation_prefix_ids, config.continuation_suffix_ids = processor.continuation_prompt_ids()
     config.qa_prefix_ids, config.qa_suffix_ids = processor.continuation_prompt_ids("qa")
     model = MelLLMForSpeechContinuation.from_pretrained(arguments.voice, config=config)

@@ -282,9 +282,8 @@ class _Measured:
 def _systems_evaluation(given: dict, label: str, model_name: str, measured: _Measured) -> Evaluation:
     """Of several systems, with bounds and judges."""
     systems = given["systems"]
-    own = [
-        index for index, system in enumerate(systems) if (system.get("settings") or {}).get("kind", "model") == "model"
-    ]
+    kinds = [(system.get("settings") or {}).get("kind", "model") for system in systems]
+    own = [index for index, kind in enumerate(kinds) if kind in ("model", "continuation")]
     if len(own) > 1:
         own = [index for index in own if local_name(str(systems[index].get("name"))) == local_name(model_name)]
     if len(own) != 1:

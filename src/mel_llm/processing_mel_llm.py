@@ -4,10 +4,11 @@ The prompt is Phi-4-multimodal's, which the paper uses (inferred): the audio, th
 text.", in the chat template of whatever language model is behind. Everything else here is ours.
 """
 
+import contextlib
 import os
 import re
-import tempfile
 import unicodedata
+import uuid
 from numbers import Integral
 
 import numpy as np
@@ -878,13 +879,14 @@ class MelLLMProcessor(MelLLMSharingMixin, ProcessorMixin):
             raise ValueError(f"`audio` must be one finite mono waveform, got an array of shape {samples.shape}.")
         path = os.fspath(path)
         folder, name = os.path.split(os.path.abspath(path))
-        handle, partial = tempfile.mkstemp(suffix=os.path.splitext(name)[1], prefix=".partial-", dir=folder)
-        os.close(handle)
+        # Not of `tempfile`, whose files only their owner may read
+        partial = os.path.join(folder, f".partial-{uuid.uuid4().hex[:8]}-{name}")
         try:
             soundfile.write(partial, samples, sampling_rate or self.feature_extractor.sampling_rate)
             os.replace(partial, path)
         except BaseException:
-            os.unlink(partial)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
             raise
 
     @property
