@@ -80,7 +80,6 @@ def add_samples(folder: Path) -> list[dict]:
         shutil.copyfile(HELD_OUT / name, target / name)
         heard = recogniser(load_audio(HELD_OUT / name))["text"]
         samples.append({"path": f"samples/{name}", "text": f"{texts[name]} It writes: {heard}"})
-    shutil.copyfile(HELD_OUT / "LICENSE-CC-BY-SA-3.0.txt", folder / "LICENSE-CC-BY-SA-3.0.txt")
     return samples
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mel_llm_small_en_card import SYNTHETIC
 from mel_llm_small_en_tts_card import DATA, READERS
-from recipe_card import HELD_OUT, write_card
+from recipe_card import write_card
 from transformers import pipeline
 
 from mel_llm import MelLLMProcessor
@@ -53,7 +53,6 @@ def add_samples(folder: Path, measured: Path) -> list[dict]:
         processor.save_audio(said["audio"].squeeze(), str(folder / name), sampling_rate=said["sampling_rate"])
         samples.append({"path": f"samples/{prompt.name}", "text": "a prompt, of synth-en, split test"})
         samples.append({"path": name, "text": f"what the model makes of it. It writes: {said['text']}"})
-    shutil.copyfile(HELD_OUT / "LICENSE-CC-BY-SA-3.0.txt", folder / "LICENSE-CC-BY-SA-3.0.txt")
     return samples
 
 

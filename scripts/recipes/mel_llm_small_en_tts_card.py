@@ -5,13 +5,12 @@
 The second folder has results.json, as scripts/evaluate_tts.py left it; its command is on the card. The samples are spoken here.
 """
 
-import shutil
 from pathlib import Path
 
 from mel_llm_small_en_card import MORE as READERS_MORE
 from mel_llm_small_en_card import REAL
 from mel_llm_small_en_card import SYNTHETIC as READERS_SYNTHETIC
-from recipe_card import HELD_OUT, TEXTS, write_card
+from recipe_card import TEXTS, write_card
 from transformers import pipeline
 
 from mel_llm import MelLLMProcessor
@@ -69,7 +68,6 @@ def add_samples(folder: Path) -> list[dict]:
         name = f"samples/{number}.flac"
         processor.save_audio(speech["audio"].squeeze(), str(folder / name), sampling_rate=speech["sampling_rate"])
         samples.append({"path": name, "text": text})
-    shutil.copyfile(HELD_OUT / "LICENSE-CC-BY-SA-3.0.txt", folder / "LICENSE-CC-BY-SA-3.0.txt")
     return samples
 
 

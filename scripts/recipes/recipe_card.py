@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mel_llm.script_errors import told_in_a_line
 
 
 HELD_OUT = Path(__file__).resolve().parents[2] / "held_out_clips"
+_LICENSE = "LICENSE-CC-BY-SA-3.0.txt"
 TEXTS = (
     "of texts by Jane Austen, of the King James Bible, Bierce's Devil's Dictionary and the Jargon File (public domain), and of "
     "templates (CC0)."
@@ -32,6 +34,8 @@ def write_card(script: str, about: str, measured: str, details: Callable[[Path, 
     parser.add_argument("measured", type=Path, help=measured)
     arguments = parser.parse_args()
     with told_in_a_line(Path(script).name):
+        # All of them have learnt from recordings under this licence, the later ones by way of the first
+        shutil.copyfile(HELD_OUT / _LICENSE, arguments.folder / _LICENSE)
         create_model_card(
             arguments.folder,
             name=Path(script).stem.removesuffix("_card").replace("_", "-"),

@@ -203,11 +203,11 @@ def read_evaluations(source, model_name: str) -> list[Evaluation]:
         given = {**content, **given}
     arguments = given.get("arguments") or {}
     if isinstance(given.get("systems"), list):
-        return [_systems_evaluation(given, label, model_name, _Measured(TTS, "Speech", arguments.get("data")))]
+        return [_systems_evaluation(given, label, model_name, _Measured(TTS, arguments.get("data")))]
     if isinstance(given.get("tasks"), dict):
         told = {
-            "continuation": _Measured(GOES_ON, "Continuations", arguments.get("data")),
-            "qa": _Measured(GOES_ON, "Answers", arguments.get("qa"), "test"),
+            "continuation": _Measured(GOES_ON, arguments.get("data")),
+            "qa": _Measured(GOES_ON, arguments.get("qa"), split="test", heading="Answers"),
         }
         found = [task for task in told if given["tasks"].get(task)]
         if not found:
@@ -271,12 +271,13 @@ def scores_of(numbers: dict) -> list[Score]:
 
 @dataclass
 class _Measured:
-    """What a script measures: the Hub's name of the task, the heading, the data that it was given, and their default split."""
+    """What a script measures: the Hub's name of the task, the data that it was given and their default split, and the heading
+    where it is not the task's."""
 
     task: str
-    heading: str
     data: str | None
     split: str = "validation"
+    heading: str | None = None
 
 
 def _systems_evaluation(given: dict, label: str, model_name: str, measured: _Measured) -> Evaluation:

@@ -139,9 +139,13 @@ def create_model_card(
     base_model, adapter_base = _base_models(base_model, run, config, adapter)
     place = repo_id or f"./{name}"
 
-    told = ((reads, "writes down what is said"), (speaks, "reads texts aloud"), (goes_on, "goes on with speech"))
-    purposes = [text for done, text in told if done]
-    abilities = [tag for done, tag in ((reads, ASR), (speaks, TTS), (goes_on, GOES_ON)) if done]
+    told = (
+        (reads, ASR, "writes down what is said"),
+        (speaks, TTS, "reads texts aloud"),
+        (goes_on, GOES_ON, "goes on with speech"),
+    )
+    abilities = [tag for done, tag, _ in told if done]
+    purposes = [text for done, _, text in told if done]
     if pipeline_tag is not None and pipeline_tag not in abilities:
         raise ValueError(f"`pipeline_tag` must be one of {', '.join(abilities)}, which it does, got {pipeline_tag!r}.")
     card_data = _metadata(
