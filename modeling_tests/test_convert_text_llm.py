@@ -84,6 +84,34 @@ def test_another_chat_template(converter, tokenizer, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize(("rate", "places"), [(2, [1, 2]), (8, [0, 0, 0, 1, 2, 3, 3, 3])])
+def test_a_reader_goes_over_to_another_token_rate(converter, tokenizer, speech_clips, tmp_path, rate, places):
+    """With what it knew of the language and, as far as it can be, of sound: 4 letters at 8 frames."""
+    reader, processor = build_tiny(tokenizer, audio_config={"ctc_weight": 0.3, "reduction_factor": 8, "ctc_rate": 4})
+    reader.save_pretrained(tmp_path / "reader")
+    processor.save_pretrained(tmp_path / "reader")
+    changed = json.dumps({"reduction_factor": 2 * rate, "ctc_rate": rate})
+    converter.main([str(tmp_path / "reader"), "--output_dir", str(tmp_path / "out"), "--audio_config", changed])
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out").eval()
+    its = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert model.config.audio_config.reduction_factor == its.reduction_factor == 2 * rate
+    features = its(audio=speech_clips[0]["array"])
+    num_tokens = len(model.get_audio_features(features["input_features"]).pooler_output)
+    assert num_tokens == pytest.approx(features["input_features"].shape[1] / (2 * rate), abs=1)
+
+    ours, theirs = model.model, reader.model
+    for name, weights in theirs.language_model.state_dict().items():
+        torch.testing.assert_close(ours.language_model.state_dict()[name], weights)
+    torch.testing.assert_close(
+        ours.audio_embedder.normalizer.global_mean, theirs.audio_embedder.normalizer.global_mean
+    )
+    stages = [conv.audio_embedder.conv.conv.state_dict() for conv in (ours, theirs)]
+    shared = stages[0].keys() & stages[1].keys()
+    assert len(shared) == min(map(len, stages)) and all(torch.equal(stages[0][key], stages[1][key]) for key in shared)
+    spelt = reader.ctc_head.proj.weight.view(4, 256, -1)
+    assert torch.equal(model.ctc_head.proj.weight.view(rate, 256, -1), spelt[places])
+
+
 def test_a_reader_becomes_a_speaker_of_letters(converter, tokenizer, speech_clips, tmp_path, capsys):
     reader, processor = build_tiny(tokenizer, audio_config={"ctc_weight": 0.3})
     reader.save_pretrained(tmp_path / "reader")
@@ -113,7 +141,7 @@ def test_a_reader_becomes_a_speaker_of_letters(converter, tokenizer, speech_clip
     assert torch.equal(speaker.ctc_head.proj.weight, reader.ctc_head.proj.weight)
     assert len(speaker.generate(**its.apply_speech_request("So."), max_seconds=0.2)[0]) > 0
 
-    with pytest.raises(ValueError, match="--audio_config is for new ears"):
+    with pytest.raises(ValueError, match="--audio_config is for new ears.*only `reduction_factor` and `ctc_rate`"):
         converter.main([str(tmp_path / "reader"), "--output_dir", str(tmp_path / "other"), *AUDIO])
     with pytest.raises(SystemExit):
         converter.parse_arguments(

@@ -15,7 +15,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoderConfig
+from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoder, MelLLMVocoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,27 @@ def test_a_model_that_shall_only_speak_leaves_behind_what_taught_it(script, toke
     script.pack(tmp_path / "run", tmp_path / "reader", torch.float32, "15MB", reads_only=True)
     with pytest.raises(ValueError, match="has no speech head"):
         script.pack(tmp_path / "reader", tmp_path / "x", torch.float32, "15MB", speaks_only=True)
+
+
+def test_a_vocoder_that_was_trained_later_is_packed_with_a_voice(script, run, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 2}
+    extractor = AutoProcessor.from_pretrained(run).feature_extractor
+    config = MelLLMVocoderConfig.from_feature_extractor(extractor, vocoder_type="istft", vocoder_kwargs=sizes)
+    vocoder = MelLLMVocoder(config).eval()
+    vocoder.save_pretrained(tmp_path / "vocoder")
+    script.pack(run, tmp_path / "voice", torch.float32, "15MB", vocoder=str(tmp_path / "vocoder"))
+    packed = AutoModelForTextToWaveform.from_pretrained(tmp_path / "voice")
+    request = AutoProcessor.from_pretrained(run).apply_speech_request("Hello.")
+    output = packed.generate(**request, max_seconds=0.3, seed=1, return_dict_in_generate=True)
+    torch.testing.assert_close(output.audio[0], vocoder(output.spectrogram[0][None])[0])
+
+    other = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=0)
+    MelLLMVocoder(MelLLMVocoderConfig.from_feature_extractor(other)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is for features with edge_padding 0"):
+        script.pack(run, tmp_path / "x", torch.float32, "15MB", vocoder=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="--vocoder: what is packed of .* does not speak"):
+        script.pack(run, tmp_path / "x", torch.float32, "15MB", vocoder="griffin_lim", reads_only=True)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_with_a_card_gets_its_model(script, run, tmp_path):

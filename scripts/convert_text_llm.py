@@ -170,9 +170,13 @@ def convert(arguments: argparse.Namespace):
     mel_llm = load_mel_llm(arguments)
     audio_config, extractor, options = MelLLMAudioConfig(**arguments.audio_config), None, {}
     if mel_llm is not None:
-        if arguments.audio_config:
-            raise ValueError(f"--audio_config is for new ears, but {arguments.model} has its own.")
-        audio_config, extractor = mel_llm[0].config.audio_config, mel_llm[1].feature_extractor
+        if arguments.audio_config.keys() - {"reduction_factor", "ctc_rate"}:
+            raise ValueError(
+                f"--audio_config is for new ears, but {arguments.model} has its own, of which only `reduction_factor` and "
+                "`ctc_rate` can be changed."
+            )
+        theirs, extractor = mel_llm[0].config.audio_config, mel_llm[1].feature_extractor
+        audio_config = MelLLMAudioConfig.from_dict(theirs.to_dict() | arguments.audio_config)
         if arguments.chat_template is None:
             options["chat_template"] = mel_llm[1].chat_template
     text_model, tokenizer = load_text_llm(arguments, mel_llm)

@@ -1,6 +1,7 @@
 """Makes the folder of a Hub repository out of a trained model: weights of 16 bits, in small files.
 
     python scripts/pack.py runs/small hub_cards/mel-llm-small-en
+    python scripts/pack.py runs/voice hub_cards/mel-llm-small-en-tts --speaks_only --vocoder runs/vocoder
     python scripts/push.py hub_cards/mel-llm-small-en --repo ORG/mel-llm-small-en --dry-run
 
 The weights are stored in --dtype and computed with in float32 when the model is loaded (`dtype=` of `from_pretrained`
@@ -29,6 +30,7 @@ import mel_llm
 from mel_llm.publishing import RECORDS, without_paths
 from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import count_parameters
+from mel_llm.training.run_model import set_vocoder
 
 
 # What a model needs for reading, or for learning to speak, and not for speaking
@@ -48,6 +50,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="leave out the CTC heads: speaking does without, but further training has them no more",
     )
+    parser.add_argument("--vocoder", help="a trained vocoder, griffin_lim or none, in the place of the run's own")
     return parser.parse_args(argv)
 
 
@@ -97,18 +100,27 @@ def check_finite(model: PreTrainedModel, problem: str) -> None:
             raise ValueError(f"{problem}: {name}.")
 
 
-def pack(run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str, **parts: bool) -> None:
+def pack(
+    run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str, vocoder: str | None = None, **parts: bool
+) -> None:
     """Saves the model of `run` in `folder`, all at once at the end.
+
+    Args:
+        vocoder (`str`, *optional*): Folder or Hub name of one, `"griffin_lim"` or `"none"`; left out, the run's own.
 
     Raises:
         FileExistsError: There is a model in the folder already.
-        ValueError: See [`load`], whose `parts` of the model are saved.
+        ValueError: See [`load`], whose `parts` of the model are saved; or the vocoder is for other features, or for a model
+            that does not speak.
     """
     if folder.exists() and (
         not folder.is_dir() or any(folder.glob("*.safetensors")) or (folder / "config.json").exists()
     ):
         raise FileExistsError(f"{folder} has a model in it already, or is no folder. Choose another.")
     model, processor = load(run, **parts), AutoProcessor.from_pretrained(run)
+    if vocoder is not None and model.config.speech_config is None:
+        raise ValueError(f"--vocoder: what is packed of {run} does not speak.")
+    set_vocoder(model, processor, vocoder)
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     # Buffers too: the normalisation of features is needed with all its digits, and is small
@@ -153,4 +165,4 @@ if __name__ == "__main__":
     with told_in_a_line("pack.py", (OSError, ValueError, SafetensorError)):
         dtype = getattr(torch, arguments.dtype)
         parts = {"reads_only": arguments.reads_only, "speaks_only": arguments.speaks_only}
-        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, **parts)
+        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, arguments.vocoder, **parts)

@@ -240,8 +240,15 @@ def language_model_of(model: MelLLMForSpeechSeq2Seq) -> PreTrainedModel:
     return text_model
 
 
+# What a reader may change when its ears go along: how many frames are a token, and how many letters are spelt at each
+_TOKEN_RATE_FIELDS = frozenset({"reduction_factor", "ctc_rate"})
+
+
 def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> None:
     """Gives a Mel-LLM what another has learnt of sound: normalisation, stem, projector and CTC head.
+
+    At another `reduction_factor` the stages of the stem that both have go along, and what makes a token of their output stays new;
+    at another `ctc_rate` a token spells what the middle places of the other's spelt. It has to be trained then.
 
     Raises:
         ValueError: They are of other sizes.
@@ -249,15 +256,28 @@ def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> N
     ours, theirs = model.config.audio_config, other.config.audio_config
     its_fields = theirs.to_dict()
     differing = {key for key, value in ours.to_dict().items() if value != its_fields.get(key)}
-    if differing - {"silence_threshold"}:  # which a new model gets where there was none
+    # The threshold is one that a new model gets where there was none
+    if differing - {"silence_threshold"} - _TOKEN_RATE_FIELDS:
         raise ValueError(
             f"`other` has another audio config, so that its weights do not fit: {', '.join(sorted(differing))}."
         )
     ours.silence_threshold = theirs.silence_threshold
-    model.model.audio_embedder.load_state_dict(other.model.audio_embedder.state_dict())
-    model.model.multi_modal_projector.load_state_dict(other.model.multi_modal_projector.state_dict())
+    _take_what_fits(model.model.audio_embedder, other.model.audio_embedder.state_dict())
+    _take_what_fits(model.model.multi_modal_projector, other.model.multi_modal_projector.state_dict())
     if model.ctc_head is not None:
-        model.ctc_head.load_state_dict(other.ctc_head.state_dict())
+        new_rate, rate = model.ctc_head.rate, other.ctc_head.rate
+        places = (torch.arange(new_rate) + (rate - new_rate) // 2).clamp(0, rate - 1)
+        spelt = {
+            name: value.unflatten(0, (rate, -1))[places].flatten(0, 1)
+            for name, value in other.ctc_head.state_dict().items()
+        }
+        model.ctc_head.load_state_dict(spelt)
+
+
+def _take_what_fits(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    ours = module.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in ours and value.shape == ours[name].shape}
+    module.load_state_dict(ours | fitting)
 
 
 def forget_gguf(text_model: PreTrainedModel) -> None:
