@@ -335,8 +335,16 @@ def test_a_trained_vocoder_is_put_in(script, folder, tmp_path):  # noqa: F811
     put_in = MelLLMVocoder.from_pretrained(tmp_path / "vocoder120")
     for name, value in put_in.state_dict().items():
         assert torch.equal(model.vocoder.state_dict()[name], value), name
+    # As well out of a model that speaks
+    train(script, *words(folder, tmp_path / "other", *arguments, "--vocoder", str(tmp_path / "run")))
+    other = AutoModelForTextToWaveform.from_pretrained(str(tmp_path / "other"))
+    assert all(torch.equal(other.vocoder.state_dict()[name], value) for name, value in put_in.state_dict().items())
     with pytest.raises(ValueError, match=r"is for features with edge_padding 0 \(here 120\)"):
         script.prepare(words(folder, tmp_path / "x", *arguments, "--vocoder", str(tmp_path / "vocoder0")))
+    model.vocoder = model.config.vocoder_config = None
+    model.save_pretrained(tmp_path / "mute")
+    with pytest.raises(ValueError, match="mute is a Mel-LLM that has no vocoder"):
+        script.prepare(words(folder, tmp_path / "x", *arguments, "--vocoder", str(tmp_path / "mute")))
 
 
 @pytest.mark.parametrize(
@@ -384,9 +392,9 @@ def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message,
 @pytest.mark.parametrize(
     ("name", "tasks", "steps"),
     [
-        ("mel-llm-small-en", ["asr"], ["1-letters", "2-short", "3-all"]),
+        ("mel-llm-small-en", ["asr"], ["1-letters", "2-short", "3-all", "4-finer"]),
         ("mel-llm-small-en-tts", ["tts"], ["1-place", "2-own"]),
-        ("mel-llm-small-en-continuation", ["asr", "tts", "continuation"], ["1-all"]),
+        ("mel-llm-small-en-continuation", ["asr", "tts", "continuation"], ["1-all", "2-speech"]),
     ],
 )
 def test_the_steps_of_a_recipe_are_understood(script, folder, tmp_path, name, tasks, steps):  # noqa: F811
@@ -398,7 +406,7 @@ def test_the_steps_of_a_recipe_are_understood(script, folder, tmp_path, name, ta
         more = ["--train_data", folder, "--output_dir", str(tmp_path), "--use_cpu"]
         _, data, training = script.parse_arguments([str(path), *more])
         assert data.tasks == tasks and training.max_steps > 0
-        assert training.ctc_only_steps == (training.max_steps if path.stem == "1-letters" else 0)
+        assert training.ctc_only_steps == {"1-letters": training.max_steps, "4-finer": 200}.get(path.stem, 0)
         assert f"train {path.stem} " in shell
     subprocess.run(["bash", "-n", recipe.with_suffix(".sh")], check=True)
 

@@ -36,7 +36,7 @@ from mel_llm.training import TranscriptionCollator, compute_feature_statistics, 
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "hub_cards" / "mel-llm-small-en"
-SPEAKER = ROOT / "hub_cards" / "mel-llm-small-en-tts"
+SPEAKER = ROOT / "hub_cards" / "mel-llm-small-en-continuation"
 HELD_OUT = ROOT / "held_out_clips"
 TRAINED_ON = ROOT / "demo_clips"
 TRAINED = ROOT / ".demo" / "mel-llm-demo"

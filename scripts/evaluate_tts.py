@@ -43,6 +43,7 @@ from mel_llm.evaluation import (
 from mel_llm.evaluation.environment import describe_environment, heading_of
 from mel_llm.evaluation.plugins import describe_folder
 from mel_llm.script_errors import interruption_goes_on, told_in_a_line
+from mel_llm.training.run_model import load_vocoder
 from mel_llm.whole_files import claim_folder, write_whole
 
 
@@ -154,7 +155,7 @@ def load_model(name: str, arguments: EvaluationArguments) -> ModelSpeech:
     )
 
 
-def load_vocoder(name: str, device: str) -> CopySynthesis:
+def load_copy_synthesis(name: str, device: str) -> CopySynthesis:
     kind, _, iterations = name.partition(":")
     if kind == _GRIFFIN_LIM:
         if iterations and not (iterations.isdigit() and int(iterations)):
@@ -163,23 +164,13 @@ def load_vocoder(name: str, device: str) -> CopySynthesis:
         options = {"num_iterations": int(iterations)} if iterations else {}
         config = MelLLMVocoderConfig.from_feature_extractor(extractor, **options)
         return CopySynthesis(MelLLMVocoder(config), f"copy: Griffin-Lim, {config.num_iterations} iterations")
-    config_file = Path(name).expanduser() / "config.json"
-    is_model = (
-        config_file.is_file() and json.loads(config_file.read_text(encoding="utf-8")).get("model_type") == "mel_llm"
-    )
-    if is_model:
-        vocoder = load_speaker(name, "--copy_synthesis").vocoder
-        if vocoder is None:
-            raise ValueError(f"--copy_synthesis {name}: this model has no vocoder.")
-    else:
-        vocoder = MelLLMVocoder.from_pretrained(name)
-    return CopySynthesis(vocoder.to(device), f"copy: {name}", describe_folder(name))
+    return CopySynthesis(load_vocoder(name).to(device), f"copy: {name}", describe_folder(name))
 
 
 def load_systems(arguments: EvaluationArguments, utterances: list[Utterance]) -> list[SpeechSystem]:
     """The bounds first; each is checked before the next is loaded."""
     makers = [ReferenceSpeech] if arguments.reference else []
-    makers += [partial(load_vocoder, name, arguments.device) for name in arguments.copy_synthesis]
+    makers += [partial(load_copy_synthesis, name, arguments.device) for name in arguments.copy_synthesis]
     makers += [partial(AudioFolder, folder) for folder in arguments.audio]
     makers += [partial(load_model, name, arguments) for name in arguments.model]
     systems = []

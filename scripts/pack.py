@@ -1,7 +1,7 @@
 """Makes the folder of a Hub repository out of a trained model: weights of 16 bits, in small files.
 
     python scripts/pack.py runs/small hub_cards/mel-llm-small-en
-    python scripts/pack.py runs/voice hub_cards/mel-llm-small-en-tts --speaks_only --vocoder runs/vocoder
+    python scripts/pack.py runs/voice hub_cards/my-voice --speaks_only --vocoder runs/vocoder
     python scripts/push.py hub_cards/mel-llm-small-en --repo ORG/mel-llm-small-en --dry-run
 
 The weights are stored in --dtype and computed with in float32 when the model is loaded (`dtype=` of `from_pretrained`
@@ -50,7 +50,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="leave out the CTC heads: speaking does without, but further training has them no more",
     )
-    parser.add_argument("--vocoder", help="a trained vocoder, griffin_lim or none, in the place of the run's own")
+    parser.add_argument(
+        "--vocoder",
+        help="a trained vocoder, a model that speaks with one, griffin_lim or none, in the place of the run's own",
+    )
     return parser.parse_args(argv)
 
 

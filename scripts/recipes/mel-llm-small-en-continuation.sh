@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Trains the small English model that goes on with speech (SPECTRON's task), out of the one that speaks, to the folder of its Hub
-# repository. What is learnt is in mel-llm-small-en-continuation/.
+# Trains the small English model that speaks, and that goes on with speech (SPECTRON's task), out of the one that reads, to the folder
+# of its Hub repository. What is learnt is in mel-llm-small-en-tts/, the voice, and then in mel-llm-small-en-continuation/.
 #
-#   scripts/recipes/mel-llm-small-en-continuation.sh SPEECH OUTPUT [arguments of scripts/train.py]
+#   scripts/recipes/mel-llm-small-en-continuation.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
 #   SPEECH   a folder with the corpus synth-en, and joe*, if there are any, with more of its Piper voice: see
 #            mel-llm-small-en-tts.sh
-#   OUTPUT   gets start/ (the voice with a prompt for going on and a CTC head for reading), 1-all/ (what training leaves) and
-#            model/ (what is published)
+#   OUTPUT   gets voice/ (what mel-llm-small-en-tts.sh makes), start/ (the voice with a prompt for going on and a CTC head for
+#            reading), 1-all/ and 2-speech/ (what training leaves), vocoder/ and model/ (what is published)
 #
-#   START=FOLDER         the voice; by default hub_cards/mel-llm-small-en-tts
+#   START=FOLDER         a voice to begin with; by default one is trained
+#   VOCODER=FOLDER       a vocoder that scripts/train_vocoder.py trained; by default one is trained
 #   PYTHON=python3.12    choose the interpreter
 #
 # What was interrupted goes on when the same command is given again.
@@ -22,14 +23,21 @@ speech="${1:?SPEECH, the folder with the corpora, is missing}"
 output="${2:?OUTPUT, a folder, is missing}"
 shift 2
 mkdir -p "$output"
-[[ -f "$output/start/config.json" ]] || "$python" "$here/recipes/mel_llm_small_en_continuation_start.py" \
-    "${START:-$here/../hub_cards/mel-llm-small-en-tts}" "$output/start"
+if [[ ! -f "$output/start/config.json" ]]; then
+    # With nothing set for it: START and VOCODER are what this recipe begins and ends with, and not that one
+    [[ -n "${START:-}" ]] || env -u START -u VOCODER bash "$here/recipes/mel-llm-small-en-tts.sh" "$speech" "$output/voice" "$@"
+    "$python" "$here/recipes/mel_llm_small_en_continuation_start.py" "${START:-$output/voice/model}" "$output/start"
+fi
 
 # One voice is spoken, and gone on with; the others are there to be read
 one="$speech/synth-en,exclude=speaker:[!p]*"
+spoken=("$one")
 heard=("$one,weight=1")
 for folder in "$speech"/joe*/; do
-    [[ ! -d "$folder" ]] || heard+=("$folder,weight=1")
+    if [[ -d "$folder" ]]; then
+        spoken+=("$folder")
+        heard+=("$folder,weight=1")
+    fi
 done
 heard+=("$speech/synth-en,exclude=speaker:p*,task=asr,weight=2")
 
@@ -42,4 +50,10 @@ train() {
 }
 
 train 1-all start "$@"
-[[ -f "$output/model/config.json" ]] || "$python" "$here/pack.py" "$output/1-all" "$output/model"
+train 2-speech 1-all "$@"
+# The spectral losses alone: a step with discriminators takes seven times as long on a CPU
+[[ -n "${VOCODER:-}" ]] || "$python" "$here/train_vocoder.py" --train_data "${spoken[@]}" --eval_data "$one" --edge_padding 120 \
+    --max_steps 6000 --adversarial_start 1000000 --learning_rate 1e-3 --learning_rate_decay 0.75 --bf16 \
+    --save_steps 1000 --output_dir "$output/vocoder"
+[[ -f "$output/model/config.json" ]] || "$python" "$here/pack.py" "$output/2-speech" "$output/model" \
+    --vocoder "${VOCODER:-$output/vocoder}"

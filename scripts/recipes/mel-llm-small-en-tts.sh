@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the small English model that speaks, out of the one that reads, to the folder of its Hub repository. The steps are those of
-# the files in mel-llm-small-en-tts/.
+# Trains a small English model that speaks, out of the one that reads: what mel-llm-small-en-continuation.sh begins with. The steps
+# are those of the files in mel-llm-small-en-tts/.
 #
 #   scripts/recipes/mel-llm-small-en-tts.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
@@ -8,7 +8,7 @@
 #            `scripts/prepare_data.py synthetic --texts speech/text/sentences_en_train.tsv --engines piper --piper_variation 0
 #            --speeds 1 1 --output_dir SPEECH/joe --hours 14` (docs/data.md)
 #   OUTPUT   gets start/ (the reader with a speech head, letter by letter), 1-place/ and 2-own/ (what training leaves) and model/
-#            (what is published)
+#            (what is left of it for speaking)
 #
 #   START=FOLDER         the reader; by default hub_cards/mel-llm-small-en
 #   VOCODER=FOLDER       a vocoder that scripts/train_vocoder.py trained; by default Griffin-Lim
@@ -24,9 +24,11 @@ speech="${1:?SPEECH, the folder with the corpora, is missing}"
 output="${2:?OUTPUT, a folder, is missing}"
 shift 2
 mkdir -p "$output"
-# Letters and not words: a state has one or two of them to say, and what they sound like is soon known
+# Letters and not words: a state has one or two of them to say, and what they sound like is soon known. 12.5 patches a second, whatever
+# the reader's token rate is: half as many to be written as at 25
 [[ -f "$output/start/config.json" ]] || "$python" "$here/convert_text_llm.py" "${START:-$here/../hub_cards/mel-llm-small-en}" \
     --letters_only --speaks --transcription_instruction "" --speech_instruction "" --chat_template "$recipe/chat_template.jinja" \
+    --audio_config '{"reduction_factor": 8, "ctc_rate": 4}' \
     --speech_config '{"ctc_weight": 1, "ctc_rate": 4, "min_tokens_per_second": 6, "keep_voice": false}' --output_dir "$output/start"
 
 # One voice: its clips in synth-en, which vary, and those that do not

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Trains the small English model that reads, from a language model to the folder of its Hub repository. The steps are those of the
-# files in mel-llm-small-en/. Its sibling that speaks begins with what comes out: mel-llm-small-en-tts.sh.
+# files in mel-llm-small-en/. Its sibling that speaks begins with what comes out: mel-llm-small-en-continuation.sh.
 #
 #   scripts/recipes/mel-llm-small-en.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
 #   SPEECH   a folder with the corpora asterisk-en and synth-en, and more-NAME, if there are any, with more speech: see
 #            docs/data.md. Natural voices, and many of them, help most: `scripts/prepare_data.py synthetic --texts FILE
 #            --engines piper --piper_voices en_US-libritts_r-medium.onnx --output_dir SPEECH/more-voices --hours 8 ...`
-#   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/ and 3-all/ (what training leaves) and model/ (what is
-#            published)
+#   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/, 3-all/ and 4-finer/ (what training leaves; the last begins
+#            with finer/, the model before it at 25 audio tokens a second in the place of 12.5) and model/ (what is published)
 #
 #   BACKBONE=FOLDER GGUF=FILE   the language model; by default HuggingFaceTB/SmolLM2-135M-Instruct from the Hub
 #   START=FOLDER                a model to go on with, hub_cards/mel-llm-small-en for instance, in the place of a bare language model
@@ -74,4 +74,8 @@ done
 train 1-letters start "${heard[@]}" "$@"
 train 2-short 1-letters "${heard[@]}" "$@"
 train 3-all 2-short "${heard[@]}" "$@"
-pack 3-all model --reads_only
+pack 3-all coarse --reads_only
+[[ -f "$output/finer/config.json" ]] || "$python" "$here/convert_text_llm.py" "$output/coarse" \
+    --audio_config '{"reduction_factor": 4, "ctc_rate": 2}' --output_dir "$output/finer"
+train 4-finer finer "${heard[@]}" "$@"
+pack 4-finer model --reads_only

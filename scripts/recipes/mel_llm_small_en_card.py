@@ -41,13 +41,24 @@ MORE = [
         ("espeak", "free", "espeak-ng 1.51"),
     )
 ]
+
+
+def more_of_joe(name: str) -> dict:
+    return {
+        "name": name,
+        "license": "CC0",
+        "attribution": "Synthetic speech of Piper's en_US-joe-medium (its data is CC0), spoken without chance (--piper_variation 0), "
+        + TEXTS,
+    }
+
+
 DESCRIPTION = (
     "A small language model that writes down English speech, and the model that the demo of the package `mel_llm` comes with. "
-    "Six layers of SmolLM2-135M-Instruct (0-2 and 27-29), with 4000 of its tokens, read log-mel frames at 12.5 audio tokens a "
-    "second. **It is in training and no recogniser to rely on**: two CPU cores had some three hours for it, from the bare language "
-    "model, with 27 hours of almost only synthetic speech. It shows that the method and the training of the package work, how far that "
-    "little takes them, and is a place to go on from. (What is said of its training below is the last of ten phases; the others are in "
-    "`docs/results.md` of the package.)"
+    "Six layers of SmolLM2-135M-Instruct (0-2 and 27-29), with 4000 of its tokens, read log-mel frames at 25 audio tokens a "
+    "second. **It is in training and no recogniser to rely on**: CPU cores had some seven hours for it, from the bare language "
+    "model, with almost only synthetic speech. It shows that the method and the training of the package work, how far that "
+    "little takes them, and is a place to go on from. (What is said of its training below is the last of eleven phases, the first at this "
+    "token rate; the others are in `docs/results.md` of the package.)"
 )
 INTENDED_USE = (
     "Trying the package out on a laptop; a starting point for further training; tests. Where transcripts matter, use another "
@@ -62,7 +73,7 @@ LIMITS = (
     "out as something near.\n"
     "* **Numbers** are written as in the training data, mostly as words; capitals and punctuation are often wrong.\n"
     "* **As a language model** it can do nothing else: the layers that were taken away took that with them.\n"
-    "* **It does not speak**; its sibling `mel-llm-small-en-tts` does."
+    "* **It does not speak**; its sibling `mel-llm-small-en-continuation` does."
 )
 PEERS = {"judge.Whisper": "Whisper base (faster-whisper 1.2.1, int8, beam 5)"}
 SAMPLES = ("en_vm-rec-temp", "en_conf-hasjoin", "en_privacy-to-blacklist-last-caller")
@@ -98,7 +109,7 @@ def describe_peers(results: Path) -> str:
 def details(folder: Path, measured: Path) -> dict:
     return {
         "description": DESCRIPTION,
-        "data": [REAL, SYNTHETIC, *MORE],
+        "data": [REAL, SYNTHETIC, *MORE, more_of_joe("joe-a")],
         "samples": add_samples(folder),
         "evaluations": sorted(measured.glob("scores/*.json")),
         "intended_use": f"{INTENDED_USE} {describe_peers(measured / 'results.json')}",

@@ -1,6 +1,6 @@
 """Makes the model that scripts/recipes/mel-llm-small-en-continuation.sh trains, out of one that speaks.
 
-    python scripts/recipes/mel_llm_small_en_continuation_start.py hub_cards/mel-llm-small-en-tts runs/start
+    python scripts/recipes/mel_llm_small_en_continuation_start.py runs/voice/model runs/start
 
 It gets the prompts for going on and for answering, short ones: every letter of them is a token in every example. And a CTC head for
 reading, which is new, and has a say in what is read; the stem has been kept at work by the history of what it speaks.

@@ -69,8 +69,8 @@ class ModelArguments:
     vocoder: str | None = field(
         default=None,
         metadata={
-            "help": "What makes the speech sound: griffin_lim (for new speech heads the default), none, or the folder of a "
-            "vocoder that scripts/train_vocoder.py trained. It is not trained here."
+            "help": "What makes the speech sound: griffin_lim (for new speech heads the default), none, the folder of a "
+            "vocoder that scripts/train_vocoder.py trained, or of a model that speaks, for its. It is not trained here."
         },
     )
     lora: str | None = field(

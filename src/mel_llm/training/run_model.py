@@ -232,6 +232,20 @@ def load_mel_llm(name: str, processor, model_args: ModelArguments, tasks: list[s
     return auto_class.from_pretrained(name, config=config, **loading)
 
 
+def load_vocoder(name: str) -> MelLLMVocoder:
+    """A vocoder from its own folder or Hub repository, or that of a Mel-LLM that speaks.
+
+    Raises:
+        ValueError: It is a Mel-LLM without a vocoder.
+    """
+    if MelLLMConfig.get_config_dict(name)[0].get("model_type") != MelLLMConfig.model_type:
+        return MelLLMVocoder.from_pretrained(name)
+    vocoder = getattr(AutoModelForTextToWaveform.from_pretrained(name), "vocoder", None)
+    if vocoder is None:
+        raise ValueError(f"{name} is a Mel-LLM that has no vocoder.")
+    return vocoder
+
+
 def set_vocoder(model, processor, vocoder: str | None) -> None:
     """Gives a model that speaks the vocoder that is asked for; `None` leaves it its own."""
     if vocoder is None:
@@ -242,7 +256,7 @@ def set_vocoder(model, processor, vocoder: str | None) -> None:
     if vocoder == "none":
         model.vocoder = model.config.vocoder_config = None
         return
-    new = MelLLMVocoder(wanted) if vocoder == "griffin_lim" else MelLLMVocoder.from_pretrained(vocoder)
+    new = MelLLMVocoder(wanted) if vocoder == "griffin_lim" else load_vocoder(vocoder)
     ours, theirs = wanted.feature_config, MelLLMVocoderConfig.from_feature_extractor(new.extractor).feature_config
     if ours != theirs:
         differing = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in ours if ours[key] != theirs[key])
@@ -353,6 +367,7 @@ __all__ = [
     "is_changed",
     "load_mel_llm",
     "load_or_build",
+    "load_vocoder",
     "new_speech_side",
     "push_base",
     "randomise",
