@@ -18,6 +18,8 @@ from transformers import (
     set_seed,
 )
 
+from mel_llm.conversion import take_ears
+
 
 AUDIO = ["--audio_config", json.dumps(TINY_AUDIO)]
 
@@ -108,8 +110,23 @@ def test_a_reader_goes_over_to_another_token_rate(converter, tokenizer, speech_c
     stages = [conv.audio_embedder.conv.conv.state_dict() for conv in (ours, theirs)]
     shared = stages[0].keys() & stages[1].keys()
     assert len(shared) == min(map(len, stages)) and all(torch.equal(stages[0][key], stages[1][key]) for key in shared)
-    spelt = reader.ctc_head.proj.weight.view(4, 256, -1)
-    assert torch.equal(model.ctc_head.proj.weight.view(rate, 256, -1), spelt[places])
+    assert torch.equal(ours.multi_modal_projector.linear_1.weight, theirs.multi_modal_projector.linear_1.weight)
+    for new, spelt in zip(model.ctc_head.parameters(), reader.ctc_head.parameters(), strict=True):
+        assert torch.equal(new.unflatten(0, (rate, 256)), spelt.unflatten(0, (4, 256))[places])
+
+
+def test_ears_that_do_not_fit_are_refused_as_a_whole(tokenizer):
+    linear = {"embedder_type": "linear", "reduction_factor": 8}
+    (old, _), (new, _) = (build_tiny(tokenizer, audio_config=linear | more) for more in ({}, {"reduction_factor": 4}))
+    with pytest.raises(ValueError, match="8 frames in a token and the model 4, which only a convolutional stem"):
+        take_ears(new, old)
+    (small, _), (large, _) = (
+        build_tiny(tokenizer, audio_config={"ctc_weight": 0.3}, text={"hidden_size": width}) for width in (32, 64)
+    )
+    before = {name: value.clone() for name, value in large.state_dict().items()}
+    with pytest.raises(ValueError, match="of another size.*linear_1"):
+        take_ears(large, small)
+    assert all(torch.equal(value, before[name]) for name, value in large.state_dict().items())
 
 
 def test_a_reader_becomes_a_speaker_of_letters(converter, tokenizer, speech_clips, tmp_path, capsys):

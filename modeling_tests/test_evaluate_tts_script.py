@@ -91,7 +91,7 @@ def test_a_command_and_the_same_again(script, folder, model_folder, tmp_path, mo
         ("--reference --asr_language en", "--asr_language is for --asr"),
         ("--copy_synthesis griffin_lim:fast", "iterations must be a number"),
         ("--model {reading}", "only reads"),
-        ("--copy_synthesis {reading}", "only reads"),
+        ("--copy_synthesis {reading}", "has no vocoder"),
         ("--model {speaking} --voice_from {wav}", "word for word"),
         ("--reference --voice_from nowhere.wav", "there is no 'nowhere.wav'"),
         ("--reference --mos nisqa", "--mos must be"),

@@ -323,7 +323,7 @@ def test_adapters_that_speak(script, folder, tiny_folder, tmp_path):  # noqa: F8
     torch.testing.assert_close(again.generate(**inputs, **options).spectrogram[0], expected)
 
 
-def test_a_trained_vocoder_is_put_in(script, folder, tmp_path):  # noqa: F811
+def test_a_trained_vocoder_is_put_in(script, folder, tokenizer, tmp_path):  # noqa: F811
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_layers": 1}
     for padding in (120, 0):
         extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=padding)
@@ -343,8 +343,14 @@ def test_a_trained_vocoder_is_put_in(script, folder, tmp_path):  # noqa: F811
         script.prepare(words(folder, tmp_path / "x", *arguments, "--vocoder", str(tmp_path / "vocoder0")))
     model.vocoder = model.config.vocoder_config = None
     model.save_pretrained(tmp_path / "mute")
-    with pytest.raises(ValueError, match="mute is a Mel-LLM that has no vocoder"):
-        script.prepare(words(folder, tmp_path / "x", *arguments, "--vocoder", str(tmp_path / "mute")))
+    build_tiny(tokenizer)[0].save_pretrained(tmp_path / "reader")
+    for name in ("mute", "reader"):
+        with pytest.raises(ValueError, match=f"{name} is a Mel-LLM that has no vocoder"):
+            script.prepare(words(folder, tmp_path / "x", *arguments, "--vocoder", str(tmp_path / name)))
+    # Which transformers would load as Griffin-Lim, with a warning
+    model.model.language_model.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match="llm is a model of the type 'llama', and no vocoder"):
+        script.prepare(words(folder, tmp_path / "x", *arguments, "--vocoder", str(tmp_path / "llm")))
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_a_vocoder_that_was_trained_later_is_packed_with_a_voice(script, run, tm
     vocoder.save_pretrained(tmp_path / "vocoder")
     script.pack(run, tmp_path / "voice", torch.float32, "15MB", vocoder=str(tmp_path / "vocoder"))
     packed = AutoModelForTextToWaveform.from_pretrained(tmp_path / "voice")
+    assert str(tmp_path) not in (tmp_path / "voice" / "config.json").read_text()
     request = AutoProcessor.from_pretrained(run).apply_speech_request("Hello.")
     output = packed.generate(**request, max_seconds=0.3, seed=1, return_dict_in_generate=True)
     torch.testing.assert_close(output.audio[0], vocoder(output.spectrogram[0][None])[0])

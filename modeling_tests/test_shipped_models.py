@@ -67,6 +67,22 @@ def test_the_figures_of_a_voice_are_those_that_were_measured(folder):
         assert pattern.format(scale * totals[name]["value"]) in card, name
 
 
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_the_summaries_tell_the_same_figures(folder):
+    """What is first seen of a model, in two tables and a paragraph that people write."""
+    measured = json.loads((MEASURED / folder.name / "results.json").read_text(encoding="utf-8"))
+    if folder in SPEAKERS:
+        rates = [own_system(measured["systems"], folder)["totals"]["wer"]["value"]]
+    else:
+        own = own_system(measured["models"], folder)
+        rates = [part["totals"]["wer"]["value"] for part in own["sets"]]
+    overview = (ROOT / "hub_cards" / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in overview.splitlines() if line.startswith(f"| [{folder.name}]"))
+    for rate in rates:
+        for place in (row, (ROOT / "README.md").read_text(encoding="utf-8")):
+            assert f" {100 * rate:.1f} %" in place
+
+
 @pytest.mark.parametrize("folder", SPEAKERS, ids=lambda path: path.name)
 def test_a_voice_speaks_as_it_was_measured(folder):
     """On another machine the last digits differ, and with them the sound; not how long it is, and that it ends."""

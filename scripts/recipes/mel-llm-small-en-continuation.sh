@@ -10,7 +10,8 @@
 #            reading), 1-all/ and 2-speech/ (what training leaves), vocoder/ and model/ (what is published)
 #
 #   START=FOLDER         a voice to begin with; by default one is trained
-#   VOCODER=FOLDER       a vocoder that scripts/train_vocoder.py trained; by default one is trained
+#   READER=FOLDER        what that voice begins with; by default hub_cards/mel-llm-small-en
+#   VOCODER=FOLDER       a vocoder that scripts/train_vocoder.py trained, or a model that speaks, for its; by default one is trained
 #   PYTHON=python3.12    choose the interpreter
 #
 # What was interrupted goes on when the same command is given again.
@@ -24,8 +25,7 @@ output="${2:?OUTPUT, a folder, is missing}"
 shift 2
 mkdir -p "$output"
 if [[ ! -f "$output/start/config.json" ]]; then
-    # With nothing set for it: START and VOCODER are what this recipe begins and ends with, and not that one
-    [[ -n "${START:-}" ]] || env -u START -u VOCODER bash "$here/recipes/mel-llm-small-en-tts.sh" "$speech" "$output/voice" "$@"
+    [[ -n "${START:-}" ]] || START="${READER:-}" VOCODER="" bash "$here/recipes/mel-llm-small-en-tts.sh" "$speech" "$output/voice" "$@"
     "$python" "$here/recipes/mel_llm_small_en_continuation_start.py" "${START:-$output/voice/model}" "$output/start"
 fi
 
@@ -51,9 +51,10 @@ train() {
 
 train 1-all start "$@"
 train 2-speech 1-all "$@"
-# The spectral losses alone: a step with discriminators takes seven times as long on a CPU
-[[ -n "${VOCODER:-}" ]] || "$python" "$here/train_vocoder.py" --train_data "${spoken[@]}" --eval_data "$one" --edge_padding 120 \
-    --max_steps 6000 --adversarial_start 1000000 --learning_rate 1e-3 --learning_rate_decay 0.75 --bf16 \
-    --save_steps 1000 --output_dir "$output/vocoder"
-[[ -f "$output/model/config.json" ]] || "$python" "$here/pack.py" "$output/2-speech" "$output/model" \
-    --vocoder "${VOCODER:-$output/vocoder}"
+if [[ ! -f "$output/model/config.json" ]]; then
+    # The spectral losses alone: a step with discriminators takes seven times as long on a CPU
+    [[ -n "${VOCODER:-}" ]] || "$python" "$here/train_vocoder.py" --train_data "${spoken[@]}" --eval_data "$one" --edge_padding 120 \
+        --max_steps 6000 --adversarial_start 1000000 --learning_rate 1e-3 --learning_rate_decay 0.75 --bf16 \
+        --save_steps 1000 --output_dir "$output/vocoder"
+    "$python" "$here/pack.py" "$output/2-speech" "$output/model" --vocoder "${VOCODER:-$output/vocoder}"
+fi

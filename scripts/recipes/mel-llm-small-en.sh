@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the small English model that reads, from a language model to the folder of its Hub repository. The steps are those of the
-# files in mel-llm-small-en/. Its sibling that speaks begins with what comes out: mel-llm-small-en-continuation.sh.
+# files in mel-llm-small-en/. Its sibling that speaks, mel-llm-small-en-continuation.sh, begins with what comes out as READER.
 #
 #   scripts/recipes/mel-llm-small-en.sh SPEECH OUTPUT [arguments of scripts/train.py, for every step]
 #
@@ -11,7 +11,7 @@
 #            with finer/, the model before it at 25 audio tokens a second in the place of 12.5) and model/ (what is published)
 #
 #   BACKBONE=FOLDER GGUF=FILE   the language model; by default HuggingFaceTB/SmolLM2-135M-Instruct from the Hub
-#   START=FOLDER                a model to go on with, hub_cards/mel-llm-small-en for instance, in the place of a bare language model
+#   START=FOLDER                a model to go on with, hub_cards/mel-llm-small-en for instance: it has the last step alone
 #   PYTHON=python3.12           choose the interpreter
 #
 # What was interrupted goes on when the same command is given again.
@@ -24,30 +24,6 @@ speech="${1:?SPEECH, the folder with the corpora, is missing}"
 output="${2:?OUTPUT, a folder, is missing}"
 shift 2
 mkdir -p "$output"
-if [[ -n "${START:-}" && ! -f "$output/start/config.json" ]]; then
-    mkdir -p "$output/start"
-    cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/start/"
-fi
-if [[ ! -f "$output/start/config.json" ]]; then
-    texts=("$speech"/{asterisk,synth}-en/train/metadata.csv)
-    [[ ! -f "$speech/text/sentences_en_train.tsv" ]] || texts+=("$speech/text/sentences_en_train.tsv")
-    "$python" - "${texts[@]}" > "$output/sentences.txt" <<'PYTHON'
-import csv, sys
-lines = []
-for path in sys.argv[1:]:
-    with open(path, newline="", encoding="utf-8") as file:
-        more = [" ".join(row["text"].split()) for row in csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")]
-    heard = set(lines) if path.endswith(".tsv") else ()  # what is heard again counts again, what is read does not
-    lines += [line for line in more if line not in heard]
-print(*lines, sep="\n")
-PYTHON
-    # The layers at both ends: of those tried, without training, they predict the sentences best
-    "$python" "$here/convert_text_llm.py" "${BACKBONE:-HuggingFaceTB/SmolLM2-135M-Instruct}" ${GGUF:+--gguf_file "$GGUF"} \
-        --layers 0-2,27-29 --vocab_size 4000 --vocab_texts "$output/sentences.txt" --speaks --output_dir "$output/start" \
-        --chat_template "$recipe/chat_template.jinja" --transcription_instruction "" \
-        --audio_config '{"reduction_factor": 8, "conv_channels": 96, "hidden_size": 384, "bidirectional_attention": true,
-            "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4, "ctc_decoding_weight": 0.5}'
-fi
 
 # train NAME MODEL ARGUMENT...: a step that is done is left alone
 train() {
@@ -71,11 +47,38 @@ heard=(--train_data "$speech/asterisk-en,weight=0.6" "$speech/synth-en,weight=2.
 for folder in "$speech"/more-*/; do
     [[ ! -d "$folder" ]] || heard+=("$folder,weight=1.5")
 done
-train 1-letters start "${heard[@]}" "$@"
-train 2-short 1-letters "${heard[@]}" "$@"
-train 3-all 2-short "${heard[@]}" "$@"
-pack 3-all coarse --reads_only
-[[ -f "$output/finer/config.json" ]] || "$python" "$here/convert_text_llm.py" "$output/coarse" \
-    --audio_config '{"reduction_factor": 4, "ctc_rate": 2}' --output_dir "$output/finer"
+
+# What there is at 25 audio tokens a second: a model that is given, or what three steps make at 12.5
+if [[ -n "${START:-}" && ! -f "$output/finer/config.json" ]]; then
+    mkdir -p "$output/finer"
+    cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/finer/"
+fi
+if [[ ! -f "$output/finer/config.json" && ! -f "$output/start/config.json" ]]; then
+    texts=("$speech"/{asterisk,synth}-en/train/metadata.csv)
+    [[ ! -f "$speech/text/sentences_en_train.tsv" ]] || texts+=("$speech/text/sentences_en_train.tsv")
+    "$python" - "${texts[@]}" > "$output/sentences.txt" <<'PYTHON'
+import csv, sys
+lines = []
+for path in sys.argv[1:]:
+    with open(path, newline="", encoding="utf-8") as file:
+        more = [" ".join(row["text"].split()) for row in csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")]
+    heard = set(lines) if path.endswith(".tsv") else ()  # what is heard again counts again, what is read does not
+    lines += [line for line in more if line not in heard]
+print(*lines, sep="\n")
+PYTHON
+    # The layers at both ends: of those tried, without training, they predict the sentences best
+    "$python" "$here/convert_text_llm.py" "${BACKBONE:-HuggingFaceTB/SmolLM2-135M-Instruct}" ${GGUF:+--gguf_file "$GGUF"} \
+        --layers 0-2,27-29 --vocab_size 4000 --vocab_texts "$output/sentences.txt" --speaks --output_dir "$output/start" \
+        --chat_template "$recipe/chat_template.jinja" --transcription_instruction "" \
+        --audio_config '{"reduction_factor": 8, "conv_channels": 96, "hidden_size": 384, "bidirectional_attention": true,
+            "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4, "ctc_decoding_weight": 0.5}'
+fi
+if [[ ! -f "$output/finer/config.json" ]]; then
+    train 1-letters start "${heard[@]}" "$@"
+    train 2-short 1-letters "${heard[@]}" "$@"
+    train 3-all 2-short "${heard[@]}" "$@"
+    pack 3-all coarse --reads_only --dtype float32
+    "$python" "$here/convert_text_llm.py" "$output/coarse" --audio_config '{"reduction_factor": 4, "ctc_rate": 2}' --output_dir "$output/finer"
+fi
 train 4-finer finer "${heard[@]}" "$@"
 pack 4-finer model --reads_only

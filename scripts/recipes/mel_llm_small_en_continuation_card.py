@@ -20,17 +20,17 @@ from mel_llm import MelLLMProcessor
 
 
 DATA = [SYNTHETIC, more_of_joe("joe-a"), more_of_joe("joe-b")]
-READERS = "What mel-llm-small-en, the reader that this model goes back to, had learnt from: " + " ".join(
+READERS = "What the earlier form of mel-llm-small-en, to which this model goes back, had learnt from: " + " ".join(
     f"{row['name']} ({row['license']}): {row['attribution']}" for row in (REAL, SYNTHETIC, *READERS_MORE)
 )
 DESCRIPTION = (
     "A small language model that speaks: it reads English texts aloud, and it goes on with what it hears. It is the voice of the demo of "
     "the package `mel_llm`. Texts go in letter by letter, log-mel frames come out eight at a time, and a small vocoder, which was trained "
-    "for this voice and is a part of the model, makes them sound. To go on, it writes down the beginning of a sentence, invents the rest, and speaks "
+    "on nine hours of this voice (by spectral losses alone, 6000 steps) and is a part of the model, makes them sound. To go on, it writes down the beginning of a sentence, invents the rest, and speaks "
     "what it invented, in one pass of decoding: SPECTRON's task (arXiv 2305.15255) in this package's own form, without a speech "
-    'encoder and with Mel-LLM\'s VAE head. It also reads the voice it speaks in (`task="transcribe"`). It began as `mel-llm-small-en`, the '
-    "reader of the same package: six layers of SmolLM2-135M-Instruct that had learnt to hear. **It is in training and no voice to rely on**: "
-    "CPU cores had some six hours for it, with fifteen hours of one synthetic voice. It shows that all three tasks can be trained from end to "
+    'encoder and with Mel-LLM\'s VAE head. It also reads the voice it speaks in (`task="transcribe"`). It began as an earlier form of '
+    "`mel-llm-small-en`, the reader of the same package: six layers of SmolLM2-135M-Instruct that had learnt to hear. **It is in training and no voice to rely on**: "
+    "CPUs had some six core-hours for it, with fifteen hours of one synthetic voice to speak in. It shows that all three tasks can be trained from end to "
     "end with little, how far that little takes them, and is a place to go on from. (What is said of its training below is the last of seven "
     "phases; the others are in `docs/results.md` of the package.)"
 )

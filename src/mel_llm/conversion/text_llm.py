@@ -242,16 +242,19 @@ def language_model_of(model: MelLLMForSpeechSeq2Seq) -> PreTrainedModel:
 
 # What a reader may change when its ears go along: how many frames are a token, and how many letters are spelt at each
 _TOKEN_RATE_FIELDS = frozenset({"reduction_factor", "ctc_rate"})
+# What makes a token of so many frames: behind the stem's stages, of which the last ones may be missing or new
+_OF_THE_TOKEN_RATE = ("conv.out.", "conv.conv.")
 
 
 def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> None:
     """Gives a Mel-LLM what another has learnt of sound: normalisation, stem, projector and CTC head.
 
-    At another `reduction_factor` the stages of the stem that both have go along, and what makes a token of their output stays new;
-    at another `ctc_rate` a token spells what the middle places of the other's spelt. It has to be trained then.
+    At another `reduction_factor` the stages of a convolutional stem that both have go along, and what makes a token of their output
+    stays new; at another `ctc_rate` a token spells what the middle places of the other's spelt. It has to be trained then.
 
     Raises:
-        ValueError: They are of other sizes.
+        ValueError: They are of other sizes, or of another `reduction_factor` without a convolutional stem, of which hardly anything
+            could go along. Nothing has been changed then.
     """
     ours, theirs = model.config.audio_config, other.config.audio_config
     its_fields = theirs.to_dict()
@@ -261,9 +264,18 @@ def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> N
         raise ValueError(
             f"`other` has another audio config, so that its weights do not fit: {', '.join(sorted(differing))}."
         )
-    ours.silence_threshold = theirs.silence_threshold
-    _take_what_fits(model.model.audio_embedder, other.model.audio_embedder.state_dict())
-    _take_what_fits(model.model.multi_modal_projector, other.model.multi_modal_projector.state_dict())
+    has_other_rate = "reduction_factor" in differing
+    if has_other_rate and not (ours.has_conv and theirs.has_conv):
+        raise ValueError(
+            f"`other` has {theirs.reduction_factor} frames in a token and the model {ours.reduction_factor}, which only a "
+            "convolutional stem can go over to."
+        )
+    may_differ = _OF_THE_TOKEN_RATE if has_other_rate else ()
+    parts = [
+        (model.model.audio_embedder, other.model.audio_embedder, may_differ),
+        (model.model.multi_modal_projector, other.model.multi_modal_projector, ()),
+    ]
+    taken = [(module, _what_fits(module, source.state_dict(), rest)) for module, source, rest in parts]
     if model.ctc_head is not None:
         new_rate, rate = model.ctc_head.rate, other.ctc_head.rate
         places = (torch.arange(new_rate) + (rate - new_rate) // 2).clamp(0, rate - 1)
@@ -271,13 +283,22 @@ def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> N
             name: value.unflatten(0, (rate, -1))[places].flatten(0, 1)
             for name, value in other.ctc_head.state_dict().items()
         }
-        model.ctc_head.load_state_dict(spelt)
+        taken.append((model.ctc_head, _what_fits(model.ctc_head, spelt)))
+    for module, weights in taken:
+        module.load_state_dict(weights)
+    ours.silence_threshold = theirs.silence_threshold
 
 
-def _take_what_fits(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def _what_fits(module: nn.Module, weights: dict[str, torch.Tensor], may_differ: tuple[str, ...] = ()) -> dict:
+    """All weights of a module: those given and, of those whose names begin with `may_differ`, its own where they do not fit."""
     ours = module.state_dict()
     fitting = {name: value for name, value in weights.items() if name in ours and value.shape == ours[name].shape}
-    module.load_state_dict(ours | fitting)
+    misfits = [
+        name for name in ours.keys() | weights.keys() if name not in fitting and not name.startswith(may_differ)
+    ]
+    if misfits:
+        raise ValueError(f"`other` is of another size, so that its weights do not fit: {', '.join(sorted(misfits))}.")
+    return ours | fitting
 
 
 def forget_gguf(text_model: PreTrainedModel) -> None:

@@ -233,14 +233,28 @@ def load_mel_llm(name: str, processor, model_args: ModelArguments, tasks: list[s
 
 
 def load_vocoder(name: str) -> MelLLMVocoder:
-    """A vocoder from its own folder or Hub repository, or that of a Mel-LLM that speaks.
+    """A vocoder from its own folder or Hub repository, or that of a Mel-LLM that speaks, adapters with their base included.
 
     Raises:
-        ValueError: It is a Mel-LLM without a vocoder.
+        OSError: There is nothing of that name.
+        ValueError: It is neither, or a Mel-LLM without a vocoder.
     """
-    if MelLLMConfig.get_config_dict(name)[0].get("model_type") != MelLLMConfig.model_type:
-        return MelLLMVocoder.from_pretrained(name)
-    vocoder = getattr(AutoModelForTextToWaveform.from_pretrained(name), "vocoder", None)
+    place = os.path.expanduser(name)
+    if os.path.isfile(os.path.join(place, "adapter_config.json")):
+        vocoder = AutoModelForTextToWaveform.from_pretrained(place).vocoder
+    else:
+        # transformers would take any model for the one that is asked for, and leave its weights aside
+        fields = MelLLMConfig.get_config_dict(place)[0]
+        kind = fields.get("model_type")
+        if kind == MelLLMVocoderConfig.model_type:
+            return MelLLMVocoder.from_pretrained(place)
+        if kind != MelLLMConfig.model_type:
+            raise ValueError(
+                f"{name} is a model of the type {kind!r}, and no vocoder of this package. For a HiFi-GAN see "
+                "`mel_llm.vocoder_mel_llm.load_hifigan`."
+            )
+        has_one = fields.get("vocoder_config") is not None and fields.get("speech_config") is not None
+        vocoder = AutoModelForTextToWaveform.from_pretrained(place).vocoder if has_one else None
     if vocoder is None:
         raise ValueError(f"{name} is a Mel-LLM that has no vocoder.")
     return vocoder
@@ -261,6 +275,7 @@ def set_vocoder(model, processor, vocoder: str | None) -> None:
     if ours != theirs:
         differing = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in ours if ours[key] != theirs[key])
         raise ValueError(f"--vocoder: {vocoder} is for features with {differing}.")
+    new.config._name_or_path = ""  # a folder of whoever trained it, in a config that is published
     model.vocoder, model.config.vocoder_config = new, new.config
 
 
