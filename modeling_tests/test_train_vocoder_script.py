@@ -11,9 +11,9 @@ import time
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import ROOT, build_tiny, load_script
 
-from mel_llm import MelLLMFeatureExtractor, MelLLMVocoder, MelLLMVocoderConfig
+from mel_llm import MelLLMFeatureExtractor, MelLLMSpeechConfig, MelLLMVocoder, MelLLMVocoderConfig
 from mel_llm.training import (
     SegmentSampler,
     SpeechDataset,
@@ -144,6 +144,25 @@ def test_a_trained_vocoder_is_trained_on(folder, tmp_path):
     assert trained.config.vocoder_type == "hifigan" and trained.hop_length == 256
     assert (trained.generator.model.mean == -2.5).all()  # what it was trained with stays
     assert not torch.equal(trained.generator.model.conv_pre.weight, vocoder.generator.model.conv_pre.weight)
+
+
+def test_the_vocoder_of_a_model_that_speaks_is_gone_on_with(tokenizer, tmp_path):
+    extractor = MelLLMFeatureExtractor.from_preset("phi4", edge_padding=120)
+    model, _ = build_tiny(
+        tokenizer,
+        feature_extractor=extractor,
+        speech_config=MelLLMSpeechConfig.from_preset("small", head_hidden_size=16, postnet_channels=8),
+        vocoder_config=MelLLMVocoderConfig.from_feature_extractor(
+            extractor, vocoder_type="istft", vocoder_kwargs=TINY
+        ),
+    )
+    model.save_pretrained(tmp_path / "voice")
+    script = load_script("train_vocoder")
+    arguments = script.VocoderArguments(train_data=["x"], model_name_or_path=str(tmp_path / "voice"))
+    vocoder, is_new = script.build(arguments, seed=0)
+    assert not is_new and vocoder.config.vocoder_type == "istft"
+    for name, value in model.vocoder.state_dict().items():
+        assert torch.equal(vocoder.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from mel_llm import (
     MelLLMVocoderConfig,
 )
 from mel_llm.conversion import (
+    TOKEN_RATE_FIELDS,
     check_new_folder,
     find_spare_token,
     forget_gguf,
@@ -170,7 +171,7 @@ def convert(arguments: argparse.Namespace):
     mel_llm = load_mel_llm(arguments)
     audio_config, extractor, options = MelLLMAudioConfig(**arguments.audio_config), None, {}
     if mel_llm is not None:
-        if arguments.audio_config.keys() - {"reduction_factor", "ctc_rate"}:
+        if arguments.audio_config.keys() - TOKEN_RATE_FIELDS:
             raise ValueError(
                 f"--audio_config is for new ears, but {arguments.model} has its own, of which only `reduction_factor` and "
                 "`ctc_rate` can be changed."

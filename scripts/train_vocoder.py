@@ -36,6 +36,7 @@ from mel_llm.training import (
     load_source,
     select_clips,
 )
+from mel_llm.training.run_model import load_vocoder
 from mel_llm.whole_files import write_whole
 
 
@@ -53,7 +54,10 @@ class VocoderArguments:
         default_factory=list, metadata={"help": "The same, by default of the split 'validation'."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A vocoder to go on with. Left out: a new one, as the arguments below say."}
+        default=None,
+        metadata={
+            "help": "A vocoder to go on with, or a model that speaks, for its. Left out: a new one, as the arguments below say."
+        },
     )
     vocoder_type: str = field(default="istft", metadata={"help": "New ones only: istft or hifigan."})
     vocoder_kwargs: str = field(
@@ -82,7 +86,7 @@ def build(arguments: VocoderArguments, seed: int) -> tuple[MelLLMVocoder, bool]:
         for name in ("vocoder_type", "vocoder_kwargs", "feature_preset", "edge_padding"):
             if getattr(arguments, name) != getattr(VocoderArguments, name):
                 raise ValueError(f"--{name} is for new vocoders; {arguments.model_name_or_path} is one.")
-        return MelLLMVocoder.from_pretrained(arguments.model_name_or_path), False
+        return load_vocoder(arguments.model_name_or_path), False
     try:
         fields = json.loads(arguments.vocoder_kwargs)
     except json.JSONDecodeError as error:

@@ -5,10 +5,11 @@ from .phi4mm import ConversionPlan, plan_conversion, write_conversion
 from .phi4mm_processor import build_processor
 from .phi4mm_source import Phi4MMSource, open_source
 from .prune import keep_layers, parse_layers, prune_vocabulary
-from .text_llm import find_spare_token, forget_gguf, from_text_llm, language_model_of, take_ears
+from .text_llm import TOKEN_RATE_FIELDS, find_spare_token, forget_gguf, from_text_llm, language_model_of, take_ears
 
 
 __all__ = [
+    "TOKEN_RATE_FIELDS",
     "ConversionPlan",
     "Phi4MMSource",
     "build_processor",

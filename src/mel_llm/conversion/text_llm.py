@@ -241,7 +241,7 @@ def language_model_of(model: MelLLMForSpeechSeq2Seq) -> PreTrainedModel:
 
 
 # What a reader may change when its ears go along: how many frames are a token, and how many letters are spelt at each
-_TOKEN_RATE_FIELDS = frozenset({"reduction_factor", "ctc_rate"})
+TOKEN_RATE_FIELDS = frozenset({"reduction_factor", "ctc_rate"})
 # What makes a token of so many frames: behind the stem's stages, of which the last ones may be missing or new
 _OF_THE_TOKEN_RATE = ("conv.out.", "conv.conv.")
 
@@ -260,7 +260,7 @@ def take_ears(model: MelLLMForSpeechSeq2Seq, other: MelLLMForSpeechSeq2Seq) -> N
     its_fields = theirs.to_dict()
     differing = {key for key, value in ours.to_dict().items() if value != its_fields.get(key)}
     # The threshold is one that a new model gets where there was none
-    if differing - {"silence_threshold"} - _TOKEN_RATE_FIELDS:
+    if differing - {"silence_threshold"} - TOKEN_RATE_FIELDS:
         raise ValueError(
             f"`other` has another audio config, so that its weights do not fit: {', '.join(sorted(differing))}."
         )
@@ -356,4 +356,11 @@ def _check_same_scores(model: MelLLMForSpeechSeq2Seq, text_model: PreTrainedMode
         )
 
 
-__all__ = ["find_spare_token", "forget_gguf", "from_text_llm", "language_model_of", "take_ears"]
+__all__ = [
+    "TOKEN_RATE_FIELDS",
+    "find_spare_token",
+    "forget_gguf",
+    "from_text_llm",
+    "language_model_of",
+    "take_ears",
+]
