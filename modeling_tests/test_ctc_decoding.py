@@ -92,7 +92,8 @@ def test_the_ending_is_the_ctc_loss(spelling, speech_clips):
     features, mask = batch["input_features"], batch["attention_mask"]
     ids, prompt_mask = model._build_prompt(features, mask)
     with torch.no_grad():
-        scorer = model._ctc_scorer(ids, prompt_mask, features, mask)
+        states, _ = model._read_prompts(ids, prompt_mask, features, mask)
+        scorer = model._ctc_scorer(ids, states)
         each = torch.arange(3)
         spelt = [bytes(ctc_bytes(clip["text"])) for clip in clips]
         ending = scorer.ending(scorer.advance(each, scorer.start(each), [0, 1, 2], spelt))

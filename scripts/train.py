@@ -48,6 +48,7 @@ from mel_llm.training import (
     SpeechDataset,
     SpeechSampler,
     SpeechStream,
+    SpeechTeacher,
     SpeechTrainer,
     SpeedPerturbation,
     SynthesisCollator,
@@ -55,6 +56,7 @@ from mel_llm.training import (
     TokenCounter,
     TranscriptionCollator,
     VoiceWarp,
+    add_alignment_head,
     check_packing,
     compile_layers,
     count_parameters,
@@ -63,6 +65,7 @@ from mel_llm.training import (
     freeze_layers,
     last_checkpoint,
     push_whole,
+    remove_alignment_head,
     resume_stream,
     save_whole,
     trainable_table,
@@ -239,6 +242,8 @@ def prepare(argv: list[str]) -> Run | None:
     streaming = any(source.streaming for source in sources)
     if streaming and data_args.voice_pairs:
         raise ValueError("--voice_pairs needs data that does not stream: another clip of the speaker must be at hand.")
+    if streaming and data_args.teacher:
+        raise ValueError("--teacher needs data that does not stream: the same clips again, whose states are kept.")
     if streaming and len(data_args.tasks) > 1:
         raise ValueError("A stream is for one task at a time: give --tasks one of them, or data that does not stream.")
     if streaming and "epoch" in (training_args.save_strategy, training_args.eval_strategy):
@@ -283,6 +288,18 @@ def prepare(argv: list[str]) -> Run | None:
     conditions = RecordingConditions() if data_args.conditions else None
     slowest = min(data_args.speed_factors, default=1.0)
     counter = TokenCounter(processor, model.config, slowest, ["asr"] if data_args.packing else [])
+    teacher = None
+    if data_args.teacher is not None:
+        teacher = SpeechTeacher(
+            data_args.teacher, data_args.teacher_cache, torch.bfloat16 if training_args.bf16 else torch.float32
+        )
+        if teacher.sampling_rate != rate:
+            raise ValueError(
+                f"--teacher: {data_args.teacher} hears {teacher.sampling_rate} Hz, and the model {rate} Hz."
+            )
+        token_rate = model.config.audio_config.frame_rate / model.config.audio_config.reduction_factor
+        teacher_rate = max(1, round(teacher.rate / token_rate))
+        add_alignment_head(model, teacher_rate * teacher.size, data_args.teacher_weight, data_args.teacher_layer)
     reports: dict[str, dict] = {}
     sampler = counts = eval_set = None
     if streaming:
@@ -324,6 +341,7 @@ def prepare(argv: list[str]) -> Run | None:
             conditions,
             data_args.voice_pairs,
             data_args.max_seconds,
+            teacher,
         )
         lengths = [seconds for selection in selections for seconds in selection.seconds]
         if data_args.max_batch_tokens is not None:
@@ -393,6 +411,8 @@ def prepare(argv: list[str]) -> Run | None:
         "features_later": later,
         "spell": audio_config.ctc_weight > 0,
         "voice_warp": VoiceWarp(processor.feature_extractor, data_args.voice_warp) if data_args.voice_warp else None,
+        "teacher_rate": None if teacher is None else teacher_rate,
+        "reduction_factor": audio_config.reduction_factor,
     }
     collators = {
         "asr": TranscriptionCollator(**reading),
@@ -440,6 +460,7 @@ def train(run: Run) -> None:
     trainer, folder = run.trainer, run.trainer.args.output_dir
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
     resources = trainer.meter.result(trainer.args.world_size)
+    remove_alignment_head(trainer.model)
     if trainer.state.global_step == 0:
         sys.exit(
             "train.py: not one step was trained, so nothing is saved: fewer clips than a batch (--dataloader_drop_last), or "

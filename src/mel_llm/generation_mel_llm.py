@@ -10,6 +10,8 @@ from numbers import Real
 
 import torch
 from transformers import (
+    Cache,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -221,10 +223,18 @@ class MelLLMGenerationMixin(GenerationMixin):
         loops = None
         eos_ids = self._eos_token_ids(generation_config)
         end_ids = torch.tensor([self._pad_token_id(generation_config), *eos_ids], device=input_ids.device)
-        if ctc_weight:
-            scorer = self._ctc_scorer(input_ids, attention_mask, features, mask)
-            table = self.token_bytes.table
-            logits_processor.append(CTCLogitsProcessor(scorer, table, ctc_weight, prompt_length, eos_ids, end_ids))
+        num_copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        heard = {"input_features": features, "input_features_mask": mask}
+        if ctc_weight or num_copies > 1:
+            states, cache = self._read_prompts(input_ids, attention_mask, features, mask)
+            if ctc_weight:
+                scorer, table = self._ctc_scorer(input_ids, states), self.token_bytes.table
+                logits_processor.append(CTCLogitsProcessor(scorer, table, ctc_weight, prompt_length, eos_ids, end_ids))
+            if cache is not None and self._may_go_on(generation_config, kwargs):
+                if num_copies > 1:
+                    cache.batch_repeat_interleave(num_copies)
+                heard = {"past_key_values": cache}
+            del states, cache
         if not generation_config.min_new_tokens:  # who asks for a number of tokens, as benchmarks do, gets it
             loops = RepetitionLoopCriteria(prompt_length, end_ids)
             stopping_criteria.append(loops)
@@ -239,8 +249,7 @@ class MelLLMGenerationMixin(GenerationMixin):
             logits_processor,
             stopping_criteria,
             attention_mask=attention_mask,
-            input_features=features,
-            input_features_mask=mask,
+            **heard,
             **kwargs,
         )
         as_dict = not isinstance(output, torch.Tensor)
@@ -287,26 +296,50 @@ class MelLLMGenerationMixin(GenerationMixin):
             )
         return float(weight)
 
-    def _ctc_scorer(
+    def _read_prompts(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         features: torch.Tensor,
         mask: torch.Tensor | None,
-    ) -> CTCPrefixScorer:
-        """The letters that the CTC head finds in each clip. Reads the prompts once more: `generate` keeps no states of them."""
+    ) -> tuple[torch.Tensor | None, Cache | None]:
+        """Reads the prompts up to their last token, once for all beams: the states below the CTC head, if there is one, and the
+        cache that `generate` goes on with, if it can."""
+        # The library needs a token to go on from. One of audio would need its features, and all that it sees on its right.
+        end = -1 if self.config.prompt_suffix_ids else None
+        attention_mask = attention_mask[:, :end]
         outputs = self.model(
-            input_ids=input_ids,
+            input_ids=input_ids[:, :end],
             input_features=features,
             input_features_mask=mask,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            output_hidden_states=True,
+            use_cache=True,
+            output_hidden_states=self.ctc_head is not None,
             return_dict=True,
         )
-        states = outputs.hidden_states[self.ctc_head.layer]
-        return CTCPrefixScorer(*self.ctc_head.log_probs(states, input_ids == self.config.audio_token_id))
+        cache = outputs.past_key_values
+        states = None if self.ctc_head is None else outputs.hidden_states[self.ctc_head.layer]
+        return states, cache if end and isinstance(cache, DynamicCache) else None
+
+    def _ctc_scorer(self, input_ids: torch.Tensor, states: torch.Tensor) -> CTCPrefixScorer:
+        """The letters that the CTC head finds in each clip, of what [`_read_prompts`] returns."""
+        return CTCPrefixScorer(
+            *self.ctc_head.log_probs(states, input_ids[:, : states.shape[1]] == self.config.audio_token_id)
+        )
+
+    @staticmethod
+    def _may_go_on(generation_config: GenerationConfig, kwargs: dict) -> bool:
+        """Whether nothing is asked for that must see the whole prompt, or keeps a cache of its own."""
+        own = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens", "guidance_scale")
+        beside = ("past_key_values", "assistant_model", "custom_generate", "negative_prompt_ids")
+        return (
+            generation_config.use_cache is not False
+            and not generation_config.output_hidden_states
+            and not generation_config.output_attentions
+            and all(getattr(generation_config, name, None) is None for name in own)
+            and all(kwargs.get(name) is None for name in beside)
+        )
 
     def _transcript_lengths(
         self, generation_config: GenerationConfig | None, kwargs: dict, budgets: torch.LongTensor

@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 _CPU_BLOCK_VALUES = 1 << 22
 
 # What a checkpoint may hold that a model which only reads has no place for
-PARTS_BESIDE_READING = ("speech_head", "vocoder", "ctc_head", "token_bytes")
+PARTS_BESIDE_READING = ("speech_head", "vocoder", "ctc_head", "token_bytes", "alignment_head")
 
 # Bytes of text that are known of a token; the longest English words of large vocabularies have 20
 _TOKEN_BYTES = 32
@@ -684,6 +684,8 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         if config.audio_config.ctc_weight > 0:
             self.ctc_head = MelLLMCTCHead(config)
             self.token_bytes = MelLLMTokenBytes(text_config.vocab_size)
+        # In training alone, and never in a config: see `mel_llm.training.alignment`
+        self.alignment_head = None
         # What the cross-entropy counts in training beside the CTC head's loss; see `SpeechTrainer.ctc_only_steps`
         self.text_loss_weight = 1.0
         # Share of the transcript's tokens that are hidden in training; see `SpeechTrainer.text_dropout`
@@ -761,6 +763,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         transcript_bytes: torch.LongTensor | None = None,
+        teacher_states: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -781,6 +784,9 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             transcript_bytes (`torch.Tensor` of shape `(batch, letters)`, *optional*): The transcript's bytes, 1 to 255, padded
                 on the right with -100, for a model with a CTC head; only beside a transcript given as labels. See
                 [`mel_llm.training.ctc_bytes`].
+            teacher_states (`torch.Tensor` of shape `(batch, audio tokens, size)`, *optional*): What a teacher hears at each audio
+                token, in training with an alignment head; only beside a transcript given as labels. See
+                [`mel_llm.training.add_alignment_head`].
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute the logits of the last so many tokens (0
                 for all), or of these positions.
 
@@ -795,7 +801,9 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         if input_ids is None and inputs_embeds is None and input_features is not None:
             mask = input_features_mask if input_features_mask is not None else attention_mask
             kwargs.pop("decoder_input_ids", None)  # made by stock collators; the labels say it all
-            return self._forward_transcription(input_features, mask, labels, transcript_bytes, **kwargs)
+            return self._forward_transcription(
+                input_features, mask, labels, transcript_bytes, teacher_states, **kwargs
+            )
 
         outputs = self.model(
             input_ids=input_ids,
@@ -828,7 +836,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         )
 
     def _forward_transcription(
-        self, input_features, mask, labels, transcript_bytes=None, **kwargs
+        self, input_features, mask, labels, transcript_bytes=None, teacher_states=None, **kwargs
     ) -> MelLLMCausalLMOutputWithPast:
         """`forward` for audio and its transcript: default prompt, audio, transcript."""
         if labels is None:
@@ -848,6 +856,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
         labels = self._append_end_of_text(labels.to(prompt_ids.device))
         is_text = labels != -100
         spells = transcript_bytes is not None and self.ctc_head is not None
+        aligns = teacher_states is not None and self.alignment_head is not None
         # Where the letters alone are learnt, what stands behind the audio would change nothing of them
         learns_text = bool(self.text_loss_weight) or not (spells and self.training)
         num_read = labels.shape[1] if learns_text else 0
@@ -864,7 +873,7 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
-            output_hidden_states=True if spells else wants_states,
+            output_hidden_states=True if spells or aligns else wants_states,
             return_dict=True,
             **kwargs,
         )
@@ -880,19 +889,27 @@ class MelLLMForSpeechSeq2Seq(MelLLMPreTrainedModel, MelLLMGenerationMixin):
             )
             logits = logits[:, :num_labels]
         output = self._causal_output(loss, logits, outputs)
-        if spells:
+        if spells or aligns:
             weights = is_text.sum(-1)  # as the cross-entropy weighs the clips
             total = weights.sum() if kwargs.get("num_items_in_batch") is None else kwargs["num_items_in_batch"]
+            total = torch.as_tensor(total, device=prompt_ids.device)
             places = prompt_ids == self.config.audio_token_id
-            states = outputs.hidden_states[self.ctc_head.layer]
-            ctc = self.ctc_head.loss(states[:, : prompt_ids.shape[1]], places, transcript_bytes.to(states.device))
-            total = torch.as_tensor(total, device=ctc.device)
-            output.ctc_loss = (ctc * weights).sum() / total
-            output.loss = self.config.audio_config.ctc_weight * output.ctc_loss
-            terms = {"ctc": output.ctc_loss.detach()}
+            terms, parts = {}, []
             if loss is not None:
-                output.loss = output.loss + (self.text_loss_weight if self.training else 1.0) * loss
-                terms = {"text": loss.detach(), **terms}
+                terms["text"] = loss.detach()
+                parts.append((self.text_loss_weight if self.training else 1.0) * loss)
+            if spells:
+                states = outputs.hidden_states[self.ctc_head.layer][:, : prompt_ids.shape[1]]
+                ctc = self.ctc_head.loss(states, places, transcript_bytes.to(states.device))
+                output.ctc_loss = (ctc * weights).sum() / total
+                terms["ctc"] = output.ctc_loss.detach()
+                parts.append(self.config.audio_config.ctc_weight * output.ctc_loss)
+            if aligns:
+                states = outputs.hidden_states[self.alignment_head.layer][:, : prompt_ids.shape[1]]
+                alignment = self.alignment_head.loss(states, places, teacher_states) * (weights.sum() / total)
+                terms["alignment"] = alignment.detach()
+                parts.append(self.alignment_head.weight * alignment)
+            output.loss = sum(parts)
             # Means of this batch, of whatever larger one it is a part
             share = total / weights.sum().clamp(min=1)
             output.losses = {name: term * share for name, term in terms.items()}

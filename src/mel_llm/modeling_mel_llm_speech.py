@@ -51,7 +51,7 @@ class MelLLMForTextToSpeech(MelLLMSpeechGenerationMixin, MelLLMForSpeechSeq2Seq)
     """
 
     accepts_loss_kwargs = False  # the mean over frames is of each batch; the Trainer averages over accumulation steps
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected = [r"^alignment_head\."]  # noqa: RUF012
 
     def __init__(self, config: MelLLMConfig):
         if config.speech_config is None:

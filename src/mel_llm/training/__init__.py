@@ -1,6 +1,7 @@
 """Preparing a Mel-LLM for training, and training it."""
 
 from ..spelling import ctc_bytes
+from .alignment import AlignmentHead, add_alignment_head, remove_alignment_head
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
 from .compilation import compile_layers, without_compiled_layers
@@ -16,6 +17,7 @@ from .sampler import SpeechSampler
 from .sources import SPEAKING_TASKS, TASKS, SpeechSource, load_source
 from .statistics import compute_feature_statistics
 from .streaming import SpeechStream
+from .teacher import SpeechTeacher, fit_states
 from .token_budget import TokenBudgetSampler, TokenCounter, batch_tokens
 from .tokenizer import train_tokenizer
 from .trainer import SpeechTrainer, last_checkpoint, push_whole, repo_of, resume_stream, save_whole
@@ -26,6 +28,7 @@ __all__ = [
     "LORA_PRESETS",
     "SPEAKING_TASKS",
     "TASKS",
+    "AlignmentHead",
     "ContinuationCollator",
     "DataReport",
     "PackedTranscriptionCollator",
@@ -38,6 +41,7 @@ __all__ = [
     "SpeechSampler",
     "SpeechSource",
     "SpeechStream",
+    "SpeechTeacher",
     "SpeechTrainer",
     "SpeedPerturbation",
     "SynthesisCollator",
@@ -48,6 +52,7 @@ __all__ = [
     "VocoderTrainer",
     "VocoderTrainingArguments",
     "VoiceWarp",
+    "add_alignment_head",
     "batch_tokens",
     "check_packing",
     "compile_layers",
@@ -56,6 +61,7 @@ __all__ = [
     "count_unspellable",
     "ctc_bytes",
     "describe_trainable",
+    "fit_states",
     "freeze",
     "freeze_layers",
     "last_checkpoint",
@@ -65,6 +71,7 @@ __all__ = [
     "pack_chats",
     "pack_transcripts",
     "push_whole",
+    "remove_alignment_head",
     "repo_of",
     "resume_stream",
     "round_trip_error",

@@ -210,6 +210,26 @@ class DataArguments:
         default=False, metadata={"help": "Make features on the model's device instead of in the workers."}
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream that are shuffled at a time."})
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reading: folder or Hub name of a speech encoder (Whisper, wav2vec 2.0, HuBERT, WavLM) whose states the audio "
+            "tokens' states learn to predict beside the transcript. In training alone: the model has no encoder."
+        },
+    )
+    teacher_weight: float = field(default=2.0, metadata={"help": "What that loss counts."})
+    teacher_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layers of the language model below it; by default those below the CTC head, or two thirds."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the teacher's states, so that they are made once: 50 kB for a second of Whisper base."
+        },
+    )
     statistics_clips: int = field(
         default=1000, metadata={"help": "New models only: clips that the normalisation of features is measured on."}
     )

@@ -11,6 +11,7 @@ from ..processing_mel_llm import MelLLMProcessor
 from ..spelling import ctc_bytes
 from .augmentation import SpecAugment
 from .conditions import VoiceWarp
+from .teacher import fit_states
 
 
 def _letters(texts: list[str]) -> torch.Tensor:
@@ -38,6 +39,9 @@ class TranscriptionCollator:
         spec_augment ([`SpecAugment`], *optional*): Masks the features of examples that have an `augment_seed`, as those
             that [`SpeechDataset`] makes for training do.
         voice_warp ([`VoiceWarp`], *optional*): Changes the voices in them, before that.
+        teacher_rate (`int`, *optional*): States of a teacher for each audio token. `teacher_states` `(batch, audio tokens,
+            teacher_rate * size)` are made of the examples' own, where all of a batch have some, for a model with an alignment
+            head; not in chats.
         features_later (`bool`, defaults to `False`): Leave the waveforms in the batch, for [`SpeechTrainer`] to make
             the features on the model's device.
         spell (`bool`, defaults to `False`): Add `transcript_bytes` `(batch, letters)` for a model with a CTC head.
@@ -51,6 +55,8 @@ class TranscriptionCollator:
     spell: bool = False
     voice_warp: VoiceWarp | None = None
     instruction_column: str = "instruction"
+    teacher_rate: int | None = None
+    reduction_factor: int | None = None
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_features` `(batch, frames, num_mel_bins)`, `attention_mask` `(batch, frames)`
@@ -77,6 +83,10 @@ class TranscriptionCollator:
             batch["answers"] = [example[self.text_column] for example in examples]
         elif self.spell:
             batch["transcript_bytes"] = _letters([example[self.text_column] for example in examples])
+        if self.teacher_rate and "instructions" not in batch:
+            states = [example.get("teacher_states") for example in examples]
+            if all(state is not None for state in states):
+                batch["teacher_states"] = states
         return batch if self.features_later else self.finish(batch)
 
     @functools.cached_property
@@ -100,6 +110,13 @@ class TranscriptionCollator:
             for row, length, seed in zip(features["input_features"], lengths, seeds, strict=True):
                 for change in changes if seed is not None else ():
                     row[:length] = change(row[:length], seed)
+        if "teacher_states" in batch:
+            lengths = features["attention_mask"].sum(dim=1).tolist()
+            counts = [-(-length // self.reduction_factor) for length in lengths]
+            states = zip(batch["teacher_states"], counts, strict=True)
+            batch["teacher_states"] = torch.nn.utils.rnn.pad_sequence(
+                [fit_states(state, count, self.teacher_rate) for state, count in states], batch_first=True
+            )
         return {**batch, **features}
 
     def _chats(self, audio: list, instructions: list[str | None], answers: list[str], options: dict) -> dict[str, Any]:

@@ -93,6 +93,13 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Spe
         parser.error(f"--text_dropout must be at least 0 and less than 1, got {training_args.text_dropout:g}.")
     if training_args.text_dropout and ("asr" not in data_args.tasks or data_args.packing):
         parser.error("--text_dropout is for reading (--tasks asr) without --packing.")
+    if data_args.teacher and ("asr" not in data_args.tasks or data_args.packing or model_args.lora):
+        parser.error("--teacher is for reading (--tasks asr), of a whole model (no --lora), without --packing.")
+    if not 0 < data_args.teacher_weight < math.inf:
+        parser.error(f"--teacher_weight must be more than 0, got {data_args.teacher_weight:g}.")
+    for name in ("teacher_cache", "teacher_layer"):
+        if getattr(data_args, name) is not None and not data_args.teacher:
+            parser.error(f"--{name} needs --teacher.")
     check_batching(parser, data_args, training_args)
     return model_args, data_args, training_args
 

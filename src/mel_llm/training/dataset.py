@@ -12,6 +12,7 @@ from ..audio_utils_mel_llm import load_audio
 from .augmentation import SpeedPerturbation, example_seed
 from .conditions import RecordingConditions
 from .sources import SPEAKING_TASKS
+from .teacher import SpeechTeacher
 
 
 logger = logging.get_logger(__name__)
@@ -65,6 +66,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         seed (`int`, defaults to 0): Of the augmentation.
         voice_pairs (`float`, defaults to 0.0): Share of the clips to be spoken that follow another clip of the same
             speaker, in one example of at most `max_seconds`: so a model learns to go on in a voice that it is given.
+        teacher ([`SpeechTeacher`], *optional*): Listens to the clips that are to be read and are asked for with an epoch, before
+            they are changed: `teacher_states` `(states, size)` are in the examples then.
 
     Raises:
         ValueError: There is no data, or there are to be pairs and no speaker has two clips.
@@ -79,6 +82,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         conditions: RecordingConditions | None = None,
         voice_pairs: float = 0.0,
         max_seconds: float = 30.0,
+        teacher: SpeechTeacher | None = None,
     ):
         if len(data) == 0:
             raise ValueError("`data` is empty: there is nothing to train on or to evaluate.")
@@ -91,6 +95,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.sampling_rate = sampling_rate
         self.changes = [change for change in (speed, conditions) if change is not None]
         self.seed = seed
+        self.teacher = teacher
         # Shared with the workers that decode, so that the process that reports knows what they met
         self._bad = torch.zeros(len(data), dtype=torch.uint8).share_memory_()
 
@@ -134,6 +139,8 @@ class SpeechDataset(torch.utils.data.Dataset):
             example.update(answer_of(row, self.sampling_rate))
         if epoch is not None:
             example["augment_seed"] = example_seed(self.seed, epoch, index)
+            if self.teacher is not None and task in (None, "asr"):
+                example["teacher_states"] = self.teacher(audio)
             for change in self.changes if task not in SPEAKING_TASKS else ():
                 example["audio"] = change(example["audio"], self.sampling_rate, example["augment_seed"])
             if self.voice_pairs > 0 and task in (None, "tts"):
