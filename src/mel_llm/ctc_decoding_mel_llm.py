@@ -11,7 +11,7 @@ import functools
 import math
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import LogitsProcessor
@@ -30,6 +30,8 @@ _RULED_OUT = -1e3
 # The least that a letter is worth at a place, and what a beginning is worth at most that some letter of has no place
 _NO_CHANCE = -1e4
 _IMPOSSIBLE = _NO_CHANCE / 2
+# A place where everything is so much less likely than at the likeliest, in nats, is done with
+_DONE_WITH = 100.0
 # Tokens without a letter that may follow each other, as `.`, a space and `"`: the head has nothing against more of them
 _MAX_PARTED = 3
 _SPACE = ord(" ")
@@ -68,12 +70,13 @@ def _read_tokens(table: bytes, width: int) -> tuple[list[bytes], dict[bytes, lis
 class _Prefixes:
     """Beginnings of texts, `(N,)` of them, and the ways to align them with the audio."""
 
-    spelling: torch.Tensor  # (N, places + 1), log: paths through the first places that end in the last letter
+    spelling: torch.Tensor  # (N, places + 1 - first), log: paths through the first places that end in the last letter
     resting: torch.Tensor  # the same of paths that end in a blank
     score: torch.Tensor  # (N,), log: that what is said begins with these letters
     last: torch.Tensor  # (N,), the last letter; 0 when there is none
     parted: list[int]  # tokens without letters since the last one: with any, a space comes before the next letter
     rest: list[bytes]  # the bytes of a character that is not whole yet
+    first: int  # places that all of the texts are past, which the paths leave out
 
     def take(self, index: Iterable[int]) -> "_Prefixes":
         return _Prefixes.pick([self], index)
@@ -89,7 +92,19 @@ class _Prefixes:
         }
         parted = [count for part in parts for count in part.parted]
         rest = [data for part in parts for data in part.rest]
-        return _Prefixes(**tensors, parted=[parted[i] for i in index], rest=[rest[i] for i in index])
+        kept = {"parted": [parted[i] for i in index], "rest": [rest[i] for i in index]}
+        return _Prefixes(**tensors, **kept, first=parts[0].first)
+
+    def trimmed(self) -> "_Prefixes":
+        """The same without the places that all texts are past: what is spelt next comes behind them."""
+        reached = torch.logaddexp(self.spelling, self.resting)
+        passed = reached < reached.amax(1, keepdim=True) - _DONE_WITH
+        num_passed = int(passed.long().cumprod(1).sum(1).min())
+        num_passed = max(
+            0, min(num_passed, self.spelling.shape[1] - 2)
+        )  # a place is left, if nothing more can be spelt in it
+        paths = {name: getattr(self, name)[:, num_passed:] for name in ("spelling", "resting")}
+        return replace(self, **paths, first=self.first + num_passed)
 
 
 class CTCPrefixScorer:
@@ -123,6 +138,7 @@ class CTCPrefixScorer:
             last=torch.zeros_like(clips),
             parted=[0] * len(clips),
             rest=[b""] * len(clips),
+            first=0,
         )
 
     def _spell(self, clips: torch.Tensor, prefixes: _Prefixes, letters: torch.Tensor) -> _Prefixes:
@@ -131,18 +147,20 @@ class CTCPrefixScorer:
         again = (letters == prefixes.last)[:, None]
         before = torch.logaddexp(prefixes.spelling.masked_fill(again, -math.inf), prefixes.resting)
         # spelling[t] = (spelling[t - 1] + before[t - 1]) * p[t], and the like for blanks, as sums over where it began
-        sums = self.sums[clips, :, letters]
+        first = prefixes.first
+        sums = self.sums[clips, first:, letters]
         spelling = sums[:, 1:] + (before - sums)[:, :-1].logcumsumexp(1)
-        blanks = self.sums[clips, :, 0]
+        blanks = self.sums[clips, first:, 0]
         spelling = torch.nn.functional.pad(spelling, (1, 0), value=-math.inf)
         resting = blanks[:, 1:] + (spelling - blanks)[:, :-1].logcumsumexp(1)
         return _Prefixes(
             spelling=spelling,
             resting=torch.nn.functional.pad(resting, (1, 0), value=-math.inf),
-            score=(before[:, :-1] + self.log_probs[clips, :, letters]).logsumexp(1),
+            score=(before[:, :-1] + self.log_probs[clips, first:, letters]).logsumexp(1),
             last=letters,
             parted=[0] * len(clips),
             rest=[b""] * len(clips),
+            first=first,
         )
 
     def advance(self, clips: torch.Tensor, prefixes: _Prefixes, parents: list[int], texts: list[bytes]) -> _Prefixes:
@@ -153,6 +171,7 @@ class CTCPrefixScorer:
             parents (`list[int]`), texts (`list[bytes]`): Which of them each text, `(M,)` of them in UTF-8, goes on with. It
                 may end, and so the next one begin, inside a character.
         """
+        prefixes = prefixes.trimmed()
         last, parted = prefixes.last.tolist(), [prefixes.parted[parent] for parent in parents]
         spelt, rest = [], []
         for row, (parent, text) in enumerate(zip(parents, texts, strict=True)):
@@ -209,7 +228,8 @@ class CTCPrefixScorer:
         """For each text the letters that are likeliest next, one after the other."""
         texts: list[bytes] = []
         for part in torch.arange(len(clips), device=clips.device).split(_ROWS_AT_ONCE):
-            begun, probs, rows = prefixes.take(part.tolist()), self.probs[clips[part]], part - part[0]
+            begun, rows = prefixes.take(part.tolist()).trimmed(), part - part[0]
+            probs = self.probs[clips[part], begun.first :]
             letters = []
             for _ in range(length):
                 if letters:
