@@ -383,3 +383,46 @@ def test_what_cannot_be_decoded_so_is_said(tokenizer, spelling, speech_clips):
     plain, processor = build_tiny(tokenizer)
     with pytest.raises(ValueError, match="CTC head"):
         plain.generate(**inputs, ctc_decoding_weight=0.3)
+
+
+def test_places_that_all_texts_are_past_are_left_out():
+    """Nothing of what is spelt behind them changes."""
+    text = b"ab ba ab aab"
+    places = 8 * len(text)
+    log_probs = torch.full((places, 256), -40.0, dtype=torch.float64)
+    for place in range(places):  # each letter is heard in the middle of eight places
+        log_probs[place, text[place // 8] if place % 8 == 4 else 0] = 0.0
+    scorer = CTCPrefixScorer(log_probs.log_softmax(-1)[None], torch.tensor([places]))
+    clip = torch.tensor([0])
+    begun = scorer.start(clip)
+    for letter in text[:6]:
+        begun = scorer.advance(clip, begun, [0], [bytes([letter])])
+    short = scorer.advance(clip, begun, [0, 0], [b"ab", b"ba"])
+    assert short.first > 16 and short.spelling.shape[1] == places + 1 - short.first
+    whole = scorer.advance(clip, scorer.start(clip), [0, 0], [text[:6] + b"ab", text[:6] + b"ba"])
+    assert whole.first == 0
+    torch.testing.assert_close(short.score, whole.score)
+    torch.testing.assert_close(scorer.ending(short), scorer.ending(whole))
+    clips = torch.tensor([0, 0])
+    assert scorer.continuation(clips, short, 3) == scorer.continuation(clips, whole, 3)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True}]
+)
+def test_audio_is_read_once(spelling, speech_clips, more):
+    """For the head and the language model, and for all beams; and what is written is what it was read twice for."""
+    model, processor = spelling
+    inputs = processor([clip["array"] for clip in speech_clips[:2]])
+    options = {"ctc_decoding_weight": 0.4, "max_new_tokens": 12, **more}
+    read = []
+    handle = model.model.audio_embedder.register_forward_hook(lambda _, args, __: read.append(len(args[0])))
+    torch.manual_seed(0)
+    once = model.generate(**inputs, **options)
+    assert read == [2]
+    torch.manual_seed(0)
+    twice = model.generate(**inputs, **options, output_hidden_states=True, return_dict_in_generate=True)
+    assert len(read) == 3  # the states of the whole prompt are asked for
+    handle.remove()
+    assert torch.equal(once, twice.sequences)
+    assert twice.hidden_states[0][0].shape[1] > 1

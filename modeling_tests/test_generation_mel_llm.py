@@ -358,3 +358,16 @@ def test_the_shortest_audio(tiny):
     for samples in (1, 10, 399, 400, 401):
         out = model.generate(**processor(audio=torch.rand(samples)), max_new_tokens=3)
         assert out.shape[0] == 1
+
+
+def test_a_checkpoints_beams_make_way_for_a_streamer(tiny, speech_clips):
+    model, processor = tiny
+    inputs = audio_of(processor, speech_clips[:1])
+    greedy = model.generate(**inputs, max_new_tokens=8)
+    model.generation_config.num_beams = 3
+    streamer = TextIteratorStreamer(processor.tokenizer)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, streamer=streamer), greedy)
+    assert "".join(streamer).endswith(processor.decode(greedy[0]))
+    assert model.generation_config.num_beams == 3
+    with pytest.raises(ValueError, match="streamer"):  # who asks for both is told
+        model.generate(**inputs, max_new_tokens=8, streamer=streamer, num_beams=2)

@@ -54,6 +54,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--vocoder",
         help="a trained vocoder, a model that speaks with one, griffin_lim or none, in the place of the run's own",
     )
+    parser.add_argument(
+        "--num_beams",
+        type=int,
+        help="beams that transcripts are written with where nobody asks; by default the run's own",
+    )
     return parser.parse_args(argv)
 
 
@@ -104,18 +109,27 @@ def check_finite(model: PreTrainedModel, problem: str) -> None:
 
 
 def pack(
-    run: Path, folder: Path, dtype: torch.dtype, max_shard_size: str, vocoder: str | None = None, **parts: bool
+    run: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: str,
+    vocoder: str | None = None,
+    num_beams: int | None = None,
+    **parts: bool,
 ) -> None:
     """Saves the model of `run` in `folder`, all at once at the end.
 
     Args:
+        num_beams (`int`, *optional*): Of the generation config that is saved; left out, the run's own.
         vocoder (`str`, *optional*): Folder or Hub name of one, `"griffin_lim"` or `"none"`; left out, the run's own.
 
     Raises:
         FileExistsError: There is a model in the folder already.
         ValueError: See [`load`], whose `parts` of the model are saved; or the vocoder is for other features, or for a model
-            that does not speak.
+            that does not speak; or `num_beams` is less than 1.
     """
+    if num_beams is not None and num_beams < 1:
+        raise ValueError(f"--num_beams must be at least 1, got {num_beams}.")
     if folder.exists() and (
         not folder.is_dir() or any(folder.glob("*.safetensors")) or (folder / "config.json").exists()
     ):
@@ -124,6 +138,8 @@ def pack(
     if vocoder is not None and model.config.speech_config is None:
         raise ValueError(f"--vocoder: what is packed of {run} does not speak.")
     set_vocoder(model, processor, vocoder)
+    if num_beams is not None:
+        model.generation_config.num_beams = num_beams
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     # Buffers too: the normalisation of features is needed with all its digits, and is small
@@ -168,4 +184,5 @@ if __name__ == "__main__":
     with told_in_a_line("pack.py", (OSError, ValueError, SafetensorError)):
         dtype = getattr(torch, arguments.dtype)
         parts = {"reads_only": arguments.reads_only, "speaks_only": arguments.speaks_only}
-        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, arguments.vocoder, **parts)
+        beams = arguments.num_beams
+        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, arguments.vocoder, beams, **parts)

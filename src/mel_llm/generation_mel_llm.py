@@ -172,12 +172,16 @@ class MelLLMGenerationMixin(GenerationMixin):
         [`~ctc_decoding_mel_llm.CTCLogitsProcessor`]; this is for the second way of calling, and
         `config.audio_config.ctc_decoding_weight` is its default there.
 
+        A checkpoint whose `generation_config.json` asks for beams writes greedily with a `streamer`, which sees every token as it is
+        written, unless `num_beams` is an argument of the call.
+
         Raises:
             ValueError: What the forward pass raises for features or masks of the wrong shape; or `ctc_decoding_weight` is out
                 of range, given beside a text, or the model cannot be decoded with it.
         """
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
             inputs, kwargs["input_features"] = None, inputs
+        generation_config = self._without_beams(generation_config, kwargs)
         audio_only = (
             inputs is None
             and kwargs.get("input_ids") is None
@@ -271,6 +275,16 @@ class MelLLMGenerationMixin(GenerationMixin):
         """The transcript of a recording of any length, with segments and their times; see
         [`~transcription_mel_llm.transcribe`], which takes the same arguments."""
         return transcribe(self, processor, audio, **kwargs)
+
+    def _without_beams(self, generation_config: GenerationConfig | None, kwargs: dict) -> GenerationConfig | None:
+        """A generation config without the beams of the checkpoint beside a streamer, which the library refuses with them."""
+        config = self.generation_config if generation_config is None else generation_config
+        is_asked = kwargs.get("num_beams") is not None
+        if is_asked or kwargs.get("streamer") is None or (config.num_beams or 1) == 1:
+            return generation_config
+        config = copy.deepcopy(config)
+        config.num_beams = 1
+        return config
 
     def _ctc_decoding_weight(self, asked: float | None) -> float:
         """What the letters count in decoding; where nobody asked, what the checkpoint says.
