@@ -198,3 +198,16 @@ def test_what_cannot_be_packed_is_told(script, run, tmp_path):
     with pytest.raises(OSError):
         script.pack(tmp_path / "nowhere", tmp_path / "x", torch.bfloat16, "5GB")
     assert not (tmp_path / "x").exists()
+
+
+def test_beams_of_what_is_published(script, run, tmp_path):
+    script.pack(run, tmp_path / "beams", torch.float32, "15MB", reads_only=True, num_beams=3)
+    script.pack(run, tmp_path / "own", torch.float32, "15MB", reads_only=True)
+    beams = [
+        AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / name).generation_config.num_beams
+        for name in ("beams", "own")
+    ]
+    assert beams == [3, 1]
+    with pytest.raises(ValueError, match="--num_beams must be at least 1"):
+        script.pack(run, tmp_path / "none", torch.float32, "15MB", num_beams=0)
+    assert not (tmp_path / "none").exists()

@@ -7,12 +7,15 @@
 #   SPEECH   a folder with the corpora asterisk-en and synth-en, and more-NAME, if there are any, with more speech: see
 #            docs/data.md. Natural voices, and many of them, help most: `scripts/prepare_data.py synthetic --texts FILE
 #            --engines piper --piper_voices en_US-libritts_r-medium.onnx --output_dir SPEECH/more-voices --hours 8 ...`
-#   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/, 3-all/ and 4-finer/ (what training leaves; the last begins
-#            with finer/, the model before it at 25 audio tokens a second in the place of 12.5) and model/ (what is published)
+#   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/, 3-all/, 4-finer/ and 5-taught/ (what training leaves; the fourth
+#            begins with finer/, the model before it at 25 audio tokens a second in the place of 12.5) and model/ (what is published)
 #
 #   BACKBONE=FOLDER GGUF=FILE   the language model; by default HuggingFaceTB/SmolLM2-135M-Instruct from the Hub
+#   TEACHER=FOLDER              what the last step listens beside; by default openai/whisper-base from the Hub
 #   START=FOLDER                a model to go on with, hub_cards/mel-llm-small-en for instance: it has the last step alone
 #   PYTHON=python3.12           choose the interpreter
+#   LAUNCH="torchrun --nproc_per_node 2 --no-python python"   several processes, for the last step: on two CPU cores, for instance, with
+#                               OMP_NUM_THREADS=1 and --ddp_backend gloo among the arguments
 #
 # What was interrupted goes on when the same command is given again.
 set -euo pipefail
@@ -29,7 +32,7 @@ mkdir -p "$output"
 train() {
     local name=$1 model=$2
     shift 2
-    [[ -f "$output/$name/training_summary.json" ]] || "$python" "$here/train.py" "$recipe/$name.yaml" \
+    [[ -f "$output/$name/training_summary.json" ]] || ${launch:-"$python"} "$here/train.py" "$recipe/$name.yaml" \
         --model_name_or_path "$output/$model" --output_dir "$output/$name" \
         --eval_data "$speech/asterisk-en" "$speech/synth-en" "$@"
 }
@@ -48,12 +51,14 @@ for folder in "$speech"/more-*/; do
     [[ ! -d "$folder" ]] || heard+=("$folder,weight=1.5")
 done
 
-# What there is at 25 audio tokens a second: a model that is given, or what three steps make at 12.5
-if [[ -n "${START:-}" && ! -f "$output/finer/config.json" ]]; then
-    mkdir -p "$output/finer"
-    cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/finer/"
+# What there is at 25 audio tokens a second: a model that is given, or what three steps make at 12.5 and a fourth goes on with
+if [[ -n "${START:-}" && ! -f "$output/4-finer/training_summary.json" ]]; then
+    mkdir -p "$output/4-finer"
+    cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/4-finer/"
+    cp -- "$START/training_summary.json" "$output/4-finer/"
 fi
-if [[ ! -f "$output/finer/config.json" && ! -f "$output/start/config.json" ]]; then
+is_finer() { [[ -f "$output/finer/config.json" || -f "$output/4-finer/training_summary.json" ]]; }
+if ! is_finer && [[ ! -f "$output/start/config.json" ]]; then
     texts=("$speech"/{asterisk,synth}-en/train/metadata.csv)
     [[ ! -f "$speech/text/sentences_en_train.tsv" ]] || texts+=("$speech/text/sentences_en_train.tsv")
     "$python" - "${texts[@]}" > "$output/sentences.txt" <<'PYTHON'
@@ -73,7 +78,7 @@ PYTHON
         --audio_config '{"reduction_factor": 8, "conv_channels": 96, "hidden_size": 384, "bidirectional_attention": true,
             "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4, "ctc_decoding_weight": 0.5}'
 fi
-if [[ ! -f "$output/finer/config.json" ]]; then
+if ! is_finer; then
     train 1-letters start "${heard[@]}" "$@"
     train 2-short 1-letters "${heard[@]}" "$@"
     train 3-all 2-short "${heard[@]}" "$@"
@@ -81,4 +86,5 @@ if [[ ! -f "$output/finer/config.json" ]]; then
     "$python" "$here/convert_text_llm.py" "$output/coarse" --audio_config '{"reduction_factor": 4, "ctc_rate": 2}' --output_dir "$output/finer"
 fi
 train 4-finer finer "${heard[@]}" "$@"
-pack 4-finer model --reads_only
+launch="${LAUNCH:-}" train 5-taught 4-finer "${heard[@]}" --teacher "${TEACHER:-openai/whisper-base}" --teacher_cache "$output/teacher" "$@"
+pack 5-taught model --reads_only --num_beams 4
