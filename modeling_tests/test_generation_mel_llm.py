@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKBONES, build_tiny, tiny_text_config
-from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
 from mel_llm import MelLLMFeatureExtractor, generation_mel_llm
 from mel_llm.generation_mel_llm import RepetitionLoopCriteria, _loop_period
@@ -360,6 +360,34 @@ def test_the_shortest_audio(tiny):
         assert out.shape[0] == 1
 
 
+def test_a_config_that_says_nothing_of_beams_has_the_checkpoints(tiny, speech_clips):
+    model, processor = tiny
+    inputs = audio_of(processor, speech_clips[:2])
+    expected = model.generate(**inputs, num_beams=3, max_new_tokens=8)
+    greedy = model.generate(**inputs, max_new_tokens=8)
+    model.generation_config.num_beams = 3
+    assert torch.equal(model.generate(**inputs, generation_config=GenerationConfig(max_new_tokens=8)), expected)
+    assert torch.equal(
+        model.generate(**inputs, generation_config=GenerationConfig(max_new_tokens=8, num_beams=1)), greedy
+    )
+    model.generation_config.use_cache = False
+    assert torch.equal(model.generate(**inputs, generation_config=GenerationConfig(max_new_tokens=8)), expected)
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "lfm2"])
+def test_beams_of_backbones_that_keep_more_than_keys_and_values(tokenizer, speech_clips, model_type):
+    text = (
+        {} if model_type == "lfm2" else {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+    )
+    model, processor = build_tiny(tokenizer, model_type, text=text)
+    inputs = audio_of(processor, speech_clips[:2])
+    beams = model.generate(**inputs, num_beams=3, max_new_tokens=6)
+    without = model.generate(
+        **inputs, num_beams=3, max_new_tokens=6, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert torch.equal(beams, without.sequences)
+
+
 def test_a_checkpoints_beams_make_way_for_a_streamer(tiny, speech_clips):
     model, processor = tiny
     inputs = audio_of(processor, speech_clips[:1])
@@ -369,5 +397,6 @@ def test_a_checkpoints_beams_make_way_for_a_streamer(tiny, speech_clips):
     assert torch.equal(model.generate(**inputs, max_new_tokens=8, streamer=streamer), greedy)
     assert "".join(streamer).endswith(processor.decode(greedy[0]))
     assert model.generation_config.num_beams == 3
-    with pytest.raises(ValueError, match="streamer"):  # who asks for both is told
-        model.generate(**inputs, max_new_tokens=8, streamer=streamer, num_beams=2)
+    for both in ({"num_beams": 2}, {"generation_config": GenerationConfig(num_beams=2)}):  # who asks for both is told
+        with pytest.raises(ValueError, match="streamer"):
+            model.generate(**inputs, max_new_tokens=8, streamer=streamer, **both)

@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from mel_llm.training import (
+    SpeechDataset,
     SpeechTeacher,
+    TeacherError,
     TranscriptionCollator,
     add_alignment_head,
     fit_states,
@@ -76,8 +78,13 @@ def test_whispers_states_are_those_of_its_encoder(whisper, speech_clips):
     with torch.no_grad():
         expected = WhisperModel.from_pretrained(whisper).encoder(**inputs).last_hidden_state[0]
     torch.testing.assert_close(torch.from_numpy(SpeechTeacher(whisper)(audio)).float(), expected, atol=2e-3, rtol=2e-3)
-    with pytest.raises(ValueError, match=r"12\.0 s is longer than the 10 s .* --max_seconds"):
+    with pytest.raises(TeacherError, match=r"12\.0 s is longer than the 10 s .* --max_seconds"):
         SpeechTeacher(whisper)(np.resize(audio, 192_000))
+    teacher = SpeechTeacher(whisper)
+    teacher.positions = teacher.positions.repeat(3, 1)
+    assert len(teacher(np.resize(audio, 448_000))) == 1400
+    with pytest.raises(TeacherError, match=r"33\.0 s is longer than the 30 s"):  # nothing is left out in silence
+        teacher(np.resize(audio, 528_000))
 
 
 def test_states_are_made_once(whisper, wav2vec2, speech_clips, tmp_path, monkeypatch):
@@ -121,7 +128,7 @@ def teacher_batch(processor, clips, size=3):
         }
         for clip in clips
     ]
-    return TranscriptionCollator(processor, spell=True, teacher_rate=2, reduction_factor=4)(examples)
+    return TranscriptionCollator(processor, spell=True, teacher_rate=2)(examples)
 
 
 def test_the_head_learns_what_the_teacher_hears(tokenizer, speech_clips):
@@ -177,7 +184,17 @@ class StopAfterTwoSteps(TrainerCallback):
 
 def test_a_run_with_a_teacher(script, folder, whisper, tmp_path):  # noqa: F811
     """Stopped and gone on with, it comes to what one that was never stopped comes to; and leaves a model without a head."""
-    common = (*SCRATCH, "--teacher", whisper, "--teacher_cache", str(tmp_path / "cache"), "--teacher_weight", "0.5")
+    common = (
+        *SCRATCH,
+        "--max_seconds",
+        "10",
+        "--teacher",
+        whisper,
+        "--teacher_cache",
+        str(tmp_path / "cache"),
+        "--teacher_weight",
+        "0.5",
+    )
     more = (*common, "--save_strategy", "steps", "--save_steps", "2", "--speed_factors", "0.9", "1.1")
     train(script, *words(folder, tmp_path / "whole", *more, "--max_steps", "4"))
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
@@ -199,6 +216,62 @@ def test_a_run_with_a_teacher(script, folder, whisper, tmp_path):  # noqa: F811
         model, info = AutoModelForSpeechSeq2Seq.from_pretrained(path, output_loading_info=True)
         assert model.alignment_head is None
         assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_going_on_with_another_teacher_is_refused(script, folder, whisper, wav2vec2, tmp_path):  # noqa: F811
+    common = (*SCRATCH, "--max_seconds", "10", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+    plain, taught = (words(folder, tmp_path / name, *common) for name in ("plain", "taught"))
+    train(script, *plain)
+    train(script, *taught, "--teacher", whisper)
+    setup = json.loads((tmp_path / "taught" / "training_summary.json").read_text())["setup"]
+    assert setup["teacher"] == {"teacher": "whisper", "teacher_weight": 2.0, "teacher_layer": None}
+    longer = ("--max_steps", "3")
+    for arguments, told in (
+        ((*plain, *longer, "--teacher", whisper), "without a teacher"),
+        ((*taught, *longer), "with a teacher"),
+        ((*taught, *longer, "--teacher", wav2vec2), "another --teacher"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            script.prepare(list(arguments))
+    with pytest.raises(ValueError, match="clips of up to 10 s. Leave longer ones out: --max_seconds 10"):
+        script.prepare(words(folder, tmp_path / "long", *SCRATCH, "--teacher", whisper))
+
+
+def test_a_teacher_that_fails_is_no_broken_clip(whisper, speech_clips, tmp_path, monkeypatch, caplog):
+    rows = [{"audio": {"path": clip["path"], "bytes": None}, "text": clip["text"]} for clip in speech_clips[:2]]
+    teacher = SpeechTeacher(whisper)
+    data = SpeechDataset(rows, teacher=teacher)
+    monkeypatch.setattr(teacher, "_listen", lambda audio: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(TeacherError, match="could not listen to a clip .* out of memory"):
+        data[0, 0]
+    assert data.num_bad_clips == 0
+    # A cache that cannot be written to costs time and nothing else
+    (tmp_path / "cache").write_text("a file")
+    teacher = SpeechTeacher(whisper, tmp_path / "cache")
+    assert len(SpeechDataset(rows, teacher=teacher)[0, 1]["teacher_states"]) > 10
+    assert teacher.cache is None
+    # Questions are not what a teacher helps with
+    assert "teacher_states" not in SpeechDataset([{**rows[0], "instruction": "Who speaks?"}], teacher=teacher)[0, 0]
+
+
+def test_a_single_audio_token_has_nothing_to_align(tokenizer, speech_clips):
+    model, processor = build_tiny(tokenizer)
+    add_alignment_head(model, 6, weight=1.0)
+    model.train()
+    clip = {**speech_clips[0], "array": speech_clips[0]["array"][:500], "duration": 0.04}
+    losses_ = model(**{**teacher_batch(processor, [clip]), "transcript_bytes": None}).losses
+    assert float(losses_["alignment"]) == 0.0
+
+
+def test_weights_of_16_bits_learn_from_a_teacher_too(tokenizer, speech_clips):
+    model, processor = build_tiny(tokenizer)
+    model = model.to(torch.bfloat16).train()
+    add_alignment_head(model, 6, weight=1.0)
+    batch = teacher_batch(processor, speech_clips[:2])
+    batch.pop("transcript_bytes")
+    output = model(**batch)
+    output.loss.backward()
+    assert output.losses["alignment"].isfinite() and model.alignment_head.proj.weight.grad.abs().sum() > 0
 
 
 def test_taking_the_head_away(tiny):

@@ -57,6 +57,7 @@ from mel_llm.training import (
     TranscriptionCollator,
     VoiceWarp,
     add_alignment_head,
+    check_alignment,
     check_packing,
     compile_layers,
     count_parameters,
@@ -159,7 +160,17 @@ def describe_setup(model_args: ModelArguments, data_args: DataArguments, sources
         **({"init_adapter": model_args.init_adapter} if model_args.init_adapter else {}),
         "wer_normalizer": data_args.wer_normalizer,
         "augmentation": {name: getattr(data_args, name) for name in AUGMENTATIONS},
+        **({"teacher": describe_teacher(data_args)} if data_args.teacher else {}),
         **({"prompts": str(prompt_cut(data_args))} if "continuation" in data_args.tasks else {}),
+    }
+
+
+def describe_teacher(data_args: DataArguments) -> dict:
+    name = data_args.teacher
+    return {
+        "teacher": local_name(name) if os.path.exists(os.path.expanduser(name)) else name,
+        "teacher_weight": data_args.teacher_weight,
+        "teacher_layer": data_args.teacher_layer,
     }
 
 
@@ -297,9 +308,17 @@ def prepare(argv: list[str]) -> Run | None:
             raise ValueError(
                 f"--teacher: {data_args.teacher} hears {teacher.sampling_rate} Hz, and the model {rate} Hz."
             )
+        if data_args.max_seconds > teacher.max_seconds:
+            raise ValueError(
+                f"--teacher: {data_args.teacher} hears clips of up to {teacher.max_seconds:g} s. Leave longer ones out: --max_seconds "
+                f"{teacher.max_seconds:g}."
+            )
         token_rate = model.config.audio_config.frame_rate / model.config.audio_config.reduction_factor
         teacher_rate = max(1, round(teacher.rate / token_rate))
-        add_alignment_head(model, teacher_rate * teacher.size, data_args.teacher_weight, data_args.teacher_layer)
+        size, layer = teacher_rate * teacher.size, data_args.teacher_layer
+        add_alignment_head(model, size, data_args.teacher_weight, layer, teacher.fingerprint)
+    if checkpoint is not None and model_args.lora is None:
+        check_alignment(checkpoint, model.alignment_head)
     reports: dict[str, dict] = {}
     sampler = counts = eval_set = None
     if streaming:
@@ -353,7 +372,7 @@ def prepare(argv: list[str]) -> Run | None:
                 mixing_weights(selections, data_args),
                 training_args.train_batch_size * training_args.world_size,
                 training_args.seed,
-                kinds_of(selections, model.config.audio_config.ctc_weight > 0),
+                kinds_of(selections, model.config.audio_config.ctc_weight > 0 or teacher is not None),
                 data_args.group_by_length,
                 train_set.epoch_lengths if data_args.voice_pairs else None,
             )
@@ -412,7 +431,6 @@ def prepare(argv: list[str]) -> Run | None:
         "spell": audio_config.ctc_weight > 0,
         "voice_warp": VoiceWarp(processor.feature_extractor, data_args.voice_warp) if data_args.voice_warp else None,
         "teacher_rate": None if teacher is None else teacher_rate,
-        "reduction_factor": audio_config.reduction_factor,
     }
     collators = {
         "asr": TranscriptionCollator(**reading),

@@ -14,7 +14,7 @@
 #   TEACHER=FOLDER              what the last step listens beside; by default openai/whisper-base from the Hub
 #   START=FOLDER                a model to go on with, hub_cards/mel-llm-small-en for instance: it has the last step alone
 #   PYTHON=python3.12           choose the interpreter
-#   LAUNCH="torchrun --nproc_per_node 2 --no-python python"   several processes, for the last step: on two CPU cores, for instance, with
+#   LAUNCH="torchrun --nproc_per_node 2"   several processes, for the last step: on two CPU cores, for instance, with
 #                               OMP_NUM_THREADS=1 and --ddp_backend gloo among the arguments
 #
 # What was interrupted goes on when the same command is given again.
@@ -41,6 +41,10 @@ train() {
 pack() {
     local run=$1 folder=$2
     shift 2
+    if [[ -f "$output/$folder/config.json" && "$output/$run/training_summary.json" -nt "$output/$folder/config.json" ]]; then
+        echo "$output/$folder is older than $output/$run: move it away, and give the same command again." >&2
+        exit 1
+    fi
     [[ -f "$output/$folder/config.json" ]] || "$python" "$here/pack.py" "$output/$run" "$output/$folder" "$@"
 }
 
@@ -52,7 +56,7 @@ for folder in "$speech"/more-*/; do
 done
 
 # What there is at 25 audio tokens a second: a model that is given, or what three steps make at 12.5 and a fourth goes on with
-if [[ -n "${START:-}" && ! -f "$output/4-finer/training_summary.json" ]]; then
+if [[ -n "${START:-}" && ! -d "$output/4-finer" ]]; then
     mkdir -p "$output/4-finer"
     cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/4-finer/"
     cp -- "$START/training_summary.json" "$output/4-finer/"

@@ -39,6 +39,10 @@ _LOOP_MIN_TOKENS = 48
 _LOOP_CHECK_EVERY = 8
 
 
+# Limits of a generation config, whose places `generate` arguments and budgets take
+_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "transformers_version")
+
+
 def _per_row(values: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Values per clip to values per row of a batch that beams or return sequences have widened."""
     return values.repeat_interleave(num_rows // len(values))
@@ -202,7 +206,14 @@ class MelLLMGenerationMixin(GenerationMixin):
                 )
             return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
 
-        for name in ("input_ids", "inputs_embeds", "labels", "transcript_bytes", "decoder_input_ids"):
+        for name in (
+            "input_ids",
+            "inputs_embeds",
+            "labels",
+            "transcript_bytes",
+            "teacher_states",
+            "decoder_input_ids",
+        ):
             kwargs.pop(name, None)
         mask = kwargs.pop("attention_mask", None)
         feature_mask = kwargs.pop("input_features_mask", None)
@@ -229,14 +240,15 @@ class MelLLMGenerationMixin(GenerationMixin):
         end_ids = torch.tensor([self._pad_token_id(generation_config), *eos_ids], device=input_ids.device)
         num_copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         heard = {"input_features": features, "input_features_mask": mask}
-        if ctc_weight or num_copies > 1:
-            states, cache = self._read_prompts(input_ids, attention_mask, features, mask)
+        goes_on = self._may_go_on(generation_config, kwargs)
+        if ctc_weight or (goes_on and num_copies > 1):
+            states, cache = self._read_prompts(input_ids, attention_mask, features, mask, spells=ctc_weight > 0)
             if ctc_weight:
                 scorer, table = self._ctc_scorer(input_ids, states), self.token_bytes.table
                 logits_processor.append(CTCLogitsProcessor(scorer, table, ctc_weight, prompt_length, eos_ids, end_ids))
-            if cache is not None and self._may_go_on(generation_config, kwargs):
-                if num_copies > 1:
-                    cache.batch_repeat_interleave(num_copies)
+            if goes_on and isinstance(cache, DynamicCache):
+                if num_copies > 1:  # by the way that caches of every kind of layer have
+                    cache.reorder_cache(torch.arange(len(input_ids), device=self.device).repeat_interleave(num_copies))
                 heard = {"past_key_values": cache}
             del states, cache
         if not generation_config.min_new_tokens:  # who asks for a number of tokens, as benchmarks do, gets it
@@ -278,9 +290,10 @@ class MelLLMGenerationMixin(GenerationMixin):
 
     def _without_beams(self, generation_config: GenerationConfig | None, kwargs: dict) -> GenerationConfig | None:
         """A generation config without the beams of the checkpoint beside a streamer, which the library refuses with them."""
+        own = self.generation_config.num_beams
         config = self.generation_config if generation_config is None else generation_config
-        is_asked = kwargs.get("num_beams") is not None
-        if is_asked or kwargs.get("streamer") is None or (config.num_beams or 1) == 1:
+        is_asked = kwargs.get("num_beams") is not None or config.num_beams not in (None, own)
+        if is_asked or kwargs.get("streamer") is None or (own or 1) == 1:
             return generation_config
         config = copy.deepcopy(config)
         config.num_beams = 1
@@ -316,10 +329,10 @@ class MelLLMGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor,
         features: torch.Tensor,
         mask: torch.Tensor | None,
+        spells: bool = True,
     ) -> tuple[torch.Tensor | None, Cache | None]:
-        """Reads the prompts up to their last token, once for all beams: the states below the CTC head, if there is one, and the
-        cache that `generate` goes on with, if it can."""
-        # The library needs a token to go on from. One of audio would need its features, and all that it sees on its right.
+        """Reads the prompts up to their last token, which the library needs to go on from, once for all beams: the states below
+        the CTC head, for one that `spells`, and the cache. Audio at the end of a prompt is read as well."""
         end = -1 if self.config.prompt_suffix_ids else None
         attention_mask = attention_mask[:, :end]
         outputs = self.model(
@@ -329,12 +342,10 @@ class MelLLMGenerationMixin(GenerationMixin):
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=True,
-            output_hidden_states=self.ctc_head is not None,
+            output_hidden_states=spells,
             return_dict=True,
         )
-        cache = outputs.past_key_values
-        states = None if self.ctc_head is None else outputs.hidden_states[self.ctc_head.layer]
-        return states, cache if end and isinstance(cache, DynamicCache) else None
+        return outputs.hidden_states[self.ctc_head.layer] if spells else None, outputs.past_key_values
 
     def _ctc_scorer(self, input_ids: torch.Tensor, states: torch.Tensor) -> CTCPrefixScorer:
         """The letters that the CTC head finds in each clip, of what [`_read_prompts`] returns."""
@@ -342,16 +353,20 @@ class MelLLMGenerationMixin(GenerationMixin):
             *self.ctc_head.log_probs(states, input_ids[:, : states.shape[1]] == self.config.audio_token_id)
         )
 
-    @staticmethod
-    def _may_go_on(generation_config: GenerationConfig, kwargs: dict) -> bool:
-        """Whether nothing is asked for that must see the whole prompt, or keeps a cache of its own."""
-        own = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens", "guidance_scale")
+    def _may_go_on(self, generation_config: GenerationConfig, kwargs: dict) -> bool:
+        """Whether generation can begin with what was read: nothing is asked for that must see the whole prompt or keeps a cache of its
+        own, and the last token of the prompt is none of audio, which would need its features and all on its right."""
+        own = (
+            *("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens", "guidance_scale"),
+            *("assistant_early_exit", "use_mtp", "penalty_alpha", "dola_layers"),
+        )
         beside = ("past_key_values", "assistant_model", "custom_generate", "negative_prompt_ids")
         return (
-            generation_config.use_cache is not False
+            bool(self.config.prompt_suffix_ids)
+            and generation_config.use_cache is not False
             and not generation_config.output_hidden_states
             and not generation_config.output_attentions
-            and all(getattr(generation_config, name, None) is None for name in own)
+            and not any(getattr(generation_config, name, None) for name in own)
             and all(kwargs.get(name) is None for name in beside)
         )
 
@@ -361,6 +376,10 @@ class MelLLMGenerationMixin(GenerationMixin):
         """A generation config whose limits count tokens of the transcript, and the budget of each clip under them.
         Takes what belongs to the config out of `kwargs`."""
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        # What it does not say is as the model's own says: the library would see to that, but later
+        for name, value in self.generation_config.to_dict().items():
+            if name not in _LENGTHS and not name.startswith("_") and getattr(config, name, None) is None:
+                setattr(config, name, value)
 
         def argument(name: str, total_name: str) -> int | None:
             new, total = kwargs.pop(name, None), kwargs.pop(total_name, None)

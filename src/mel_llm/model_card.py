@@ -562,7 +562,7 @@ def _training_text(run: dict, state: dict, rows: list[dict], tasks: list[str]) -
     facts += [(key.replace("_", " "), without_local_paths(value)) for key, value in _hyperparameters(run)]
     facts += [
         (key.replace("_", " "), "yes" if value is True else value)
-        for key, value in (setup.get("augmentation") or {}).items()
+        for key, value in {**(setup.get("augmentation") or {}), **(setup.get("teacher") or {})}.items()
         if value
     ]
     facts += _losses(state)

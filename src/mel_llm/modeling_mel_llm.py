@@ -640,8 +640,8 @@ class MelLLMCausalLMOutputWithPast(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy of the labels.
         ctc_loss (`torch.Tensor` of shape `()`, *optional*): Of the CTC head, not weighted.
-        losses (`dict[str, torch.Tensor]`, *optional*): `"text"`, the cross-entropy, and `"ctc"`, where both make the loss
-            (`"ctc"` alone where it does); means over this batch, also where the loss is a part of a larger batch's.
+        losses (`dict[str, torch.Tensor]`, *optional*): `"text"`, the cross-entropy, `"ctc"` and `"alignment"`, where several make the
+            loss (without `"text"` where letters are all that is learnt); means over this batch, also where the loss is a part of a larger batch's.
         logits (`torch.Tensor` of shape `(batch, tokens, vocab_size)`): Scores of the next token.
         past_key_values (`Cache`, *optional*): Keys and values of the language model.
         audio_hidden_states (`torch.Tensor` of shape `(num_audio_tokens, hidden_size)`, *optional*): The projected

@@ -1,7 +1,7 @@
 """Preparing a Mel-LLM for training, and training it."""
 
 from ..spelling import ctc_bytes
-from .alignment import AlignmentHead, add_alignment_head, remove_alignment_head
+from .alignment import AlignmentHead, add_alignment_head, check_alignment, remove_alignment_head
 from .augmentation import SpecAugment, SpeedPerturbation
 from .collator import SynthesisCollator, TaskCollator, TranscriptionCollator
 from .compilation import compile_layers, without_compiled_layers
@@ -17,7 +17,7 @@ from .sampler import SpeechSampler
 from .sources import SPEAKING_TASKS, TASKS, SpeechSource, load_source
 from .statistics import compute_feature_statistics
 from .streaming import SpeechStream
-from .teacher import SpeechTeacher, fit_states
+from .teacher import SpeechTeacher, TeacherError, fit_states
 from .token_budget import TokenBudgetSampler, TokenCounter, batch_tokens
 from .tokenizer import train_tokenizer
 from .trainer import SpeechTrainer, last_checkpoint, push_whole, repo_of, resume_stream, save_whole
@@ -46,6 +46,7 @@ __all__ = [
     "SpeedPerturbation",
     "SynthesisCollator",
     "TaskCollator",
+    "TeacherError",
     "TokenBudgetSampler",
     "TokenCounter",
     "TranscriptionCollator",
@@ -54,6 +55,7 @@ __all__ = [
     "VoiceWarp",
     "add_alignment_head",
     "batch_tokens",
+    "check_alignment",
     "check_packing",
     "compile_layers",
     "compute_feature_statistics",

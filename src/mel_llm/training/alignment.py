@@ -5,7 +5,11 @@ encoder, which say more about every moment than the transcript does. Related: Au
 a language model layer by layer, MELA-TTS (arXiv 2509.14784) aligns a speaking one.
 """
 
+import os
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ..modeling_mel_llm import MelLLMForSpeechSeq2Seq
@@ -19,20 +23,19 @@ class AlignmentHead(nn.Module):
         size (`int`): Of what the teacher has for an audio token.
         layer (`int`): Layers of the language model below the head.
         weight (`float`): What its loss counts beside the others.
+        fingerprint (`str`, defaults to ""): Of the teacher, 16 hexadecimal digits; kept in checkpoints.
     """
 
-    def __init__(self, width: int, size: int, layer: int, weight: float):
+    def __init__(self, width: int, size: int, layer: int, weight: float, fingerprint: str = ""):
         super().__init__()
         self.layer, self.weight = layer, weight
         # What lies between the layers of a language model is not normalised, and large
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, size)
-        # The teacher's values have means and deviations of their own, a few of them huge. Counted in training, kept in
-        # checkpoints.
-        self.scale = nn.BatchNorm1d(size, affine=False, momentum=0.01)
+        self.register_buffer("teacher", torch.tensor(list(bytes.fromhex(fingerprint or "0" * 16)), dtype=torch.uint8))
 
     def loss(self, hidden_states: torch.Tensor, places: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
-        """The share of the teacher's variance that is not predicted, about 1 at first.
+        """The share of the teacher's variance in the batch that is not predicted, about 1 at first; 0 for a single token.
 
         Args:
             hidden_states: `(B, L, width)`.
@@ -42,18 +45,23 @@ class AlignmentHead(nn.Module):
         places = places.to(hidden_states.device)
         counts = places.sum(-1)
         inside = torch.arange(teacher_states.shape[1], device=places.device) < counts[:, None]
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            targets = self.scale(teacher_states.to(places.device)[inside].float())
-        return nn.functional.mse_loss(self.proj(self.norm(hidden_states[places])).float(), targets)
+        targets = teacher_states.to(places.device)[inside].float()
+        predicted = self.proj(self.norm(hidden_states[places].to(self.proj.weight.dtype))).float()
+        if len(targets) < 2:  # which has no variance
+            return 0.0 * predicted.sum()
+        # The teacher's values have means and deviations of their own, a few of them huge
+        variance, mean = torch.var_mean(targets, dim=0, correction=0)
+        return nn.functional.mse_loss(predicted, (targets - mean) / (variance + 1e-5).sqrt())
 
 
 def add_alignment_head(
-    model: MelLLMForSpeechSeq2Seq, size: int, weight: float, layer: int | None = None
+    model: MelLLMForSpeechSeq2Seq, size: int, weight: float, layer: int | None = None, fingerprint: str = ""
 ) -> AlignmentHead:
     """Gives a model that learns to read a head for a teacher whose states are `size` wide for an audio token.
 
     Args:
         layer (`int`, *optional*): Layers of the language model below it; the CTC head's, or two thirds of them.
+        fingerprint (`str`, defaults to ""): The teacher's, by which a run is known that goes on with another.
 
     Raises:
         ValueError: There are fewer layers, or `weight` is not positive.
@@ -65,8 +73,8 @@ def add_alignment_head(
         raise ValueError(f"`layer` must be from 1 to {num_layers}, the layers of the language model, got {layer}.")
     if not 0 < weight < float("inf"):
         raise ValueError(f"`weight` must be more than 0, got {weight}.")
-    head = AlignmentHead(model.config.text_config.hidden_size, size, layer, weight)
-    model.alignment_head = head.to(model.lm_head.weight.device)
+    head = AlignmentHead(model.config.text_config.hidden_size, size, layer, weight, fingerprint)
+    model.alignment_head = head.to(model.lm_head.weight)
     return model.alignment_head
 
 
@@ -77,4 +85,26 @@ def remove_alignment_head(model: nn.Module) -> None:
             module.alignment_head = None
 
 
-__all__ = ["AlignmentHead", "add_alignment_head", "remove_alignment_head"]
+def check_alignment(checkpoint: str | os.PathLike, head: AlignmentHead | None) -> None:
+    """Refuses to go on from a checkpoint of a run that had another teacher, or none, or one where this has none.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    found = {}
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith("alignment_head.")]
+            found |= {name.removeprefix("alignment_head."): file.get_tensor(name) for name in names}
+    if bool(found) != (head is not None):
+        raise ValueError(
+            f"{checkpoint} is of a run {'with' if found else 'without'} a teacher (--teacher). Go on in its way, or choose another "
+            "--output_dir."
+        )
+    if head is not None and not torch.equal(found["teacher"], head.teacher.cpu()):
+        raise ValueError(
+            f"{checkpoint} is of a run with another --teacher. Go on with it, or choose another --output_dir."
+        )
+
+
+__all__ = ["AlignmentHead", "add_alignment_head", "check_alignment", "remove_alignment_head"]

@@ -56,7 +56,6 @@ class TranscriptionCollator:
     voice_warp: VoiceWarp | None = None
     instruction_column: str = "instruction"
     teacher_rate: int | None = None
-    reduction_factor: int | None = None
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         """A list of examples to `input_features` `(batch, frames, num_mel_bins)`, `attention_mask` `(batch, frames)`
@@ -112,7 +111,7 @@ class TranscriptionCollator:
                     row[:length] = change(row[:length], seed)
         if "teacher_states" in batch:
             lengths = features["attention_mask"].sum(dim=1).tolist()
-            counts = [-(-length // self.reduction_factor) for length in lengths]
+            counts = [-(-length // self.processor.reduction_factor) for length in lengths]
             states = zip(batch["teacher_states"], counts, strict=True)
             batch["teacher_states"] = torch.nn.utils.rnn.pad_sequence(
                 [fit_states(state, count, self.teacher_rate) for state, count in states], batch_first=True

@@ -139,7 +139,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             example.update(answer_of(row, self.sampling_rate))
         if epoch is not None:
             example["augment_seed"] = example_seed(self.seed, epoch, index)
-            if self.teacher is not None and task in (None, "asr"):
+            if self.teacher is not None and task in (None, "asr") and "instruction" not in example:
                 example["teacher_states"] = self.teacher(audio)
             for change in self.changes if task not in SPEAKING_TASKS else ():
                 example["audio"] = change(example["audio"], self.sampling_rate, example["augment_seed"])
@@ -160,6 +160,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if len(audio) + len(example["audio"]) > self.max_seconds * self.sampling_rate:
             return example
         text = f"{before['text'].strip()} {example['text'].strip()}"
+        example.pop("teacher_states", None)  # of this clip alone
         return {**example, "audio": np.concatenate([audio, example["audio"]]), "text": text}
 
     def _partner(self, speaker: str | None, index: int, augment_seed: int) -> int | None:

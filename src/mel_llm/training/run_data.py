@@ -170,8 +170,8 @@ def tell_unspellable(selections: list[Selection], config: MelLLMConfig, speed_fa
 
 
 def kinds_of(selections: list[Selection], spells: bool) -> list[str]:
-    """What the clips of a batch have in common: the task; with a CTC head (`spells`), which learns nothing from batches with
-    questions, also whether there are any."""
+    """What the clips of a batch have in common: the task; with a CTC head or a teacher (`spells`), from which batches with questions
+    learn nothing, also whether there are any."""
     return [
         f"{selection.task}, asked" if spells and asks(selection.rows) else selection.task for selection in selections
     ]
@@ -237,7 +237,7 @@ def budget_sampler(
         [len(selection.seconds) for selection in selections],
         mixing_weights(selections, data_args),
         training_args.seed,
-        kinds_of(selections, counter.audio_config.ctc_weight > 0),
+        kinds_of(selections, counter.audio_config.ctc_weight > 0 or data_args.teacher is not None),
         counter.packed,
         training_args.world_size,
         training_args.process_index,

@@ -2,13 +2,20 @@
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class TeacherError(Exception):
+    """The teacher could not listen to a clip that could be read: no fault of the clip."""
 
 
 class SpeechTeacher:
@@ -16,7 +23,7 @@ class SpeechTeacher:
 
     A clip's states are made when it is first asked for. With a `cache` they are kept there, in a file for each clip in 16
     bits, and later passes, runs and processes read them: an encoder of 20 million parameters then costs less than one pass
-    over the data, where it would cost a third of every step.
+    over the data, where it would cost a third of every step. It listens on the CPU, where clips are decoded.
 
     Args:
         name (`str`): Folder or Hub name of a Whisper (whose encoder is used, on the clip alone and not on 30 s of it and
@@ -27,6 +34,8 @@ class SpeechTeacher:
     Attributes:
         size (`int`): Width of a state.
         rate (`float`): States a second.
+        max_seconds (`float`): Longest clip that it hears.
+        fingerprint (`str`): Of its weights, its features and the dtype.
 
     Raises:
         ValueError: The model is no such encoder.
@@ -36,57 +45,77 @@ class SpeechTeacher:
     def __init__(self, name: str, cache: str | os.PathLike | None = None, dtype: torch.dtype = torch.float32):
         config = AutoConfig.from_pretrained(name)
         self.is_whisper = config.model_type == "whisper"
-        if not self.is_whisper and not hasattr(config, "inputs_to_logits_ratio"):
+        hears_waveforms = hasattr(config, "inputs_to_logits_ratio")
+        if self.is_whisper or hears_waveforms:
+            self.extractor = AutoFeatureExtractor.from_pretrained(name)
+            hears_waveforms = hears_waveforms and self.extractor.model_input_names[0] == "input_values"
+        if not self.is_whisper and not hears_waveforms:
             raise ValueError(
                 f"{name} is a model of the type {config.model_type!r}. A teacher is a Whisper, or an encoder of waveforms such as "
                 "wav2vec 2.0, HuBERT or WavLM."
             )
-        self.extractor = AutoFeatureExtractor.from_pretrained(name)
         model = AutoModel.from_pretrained(name, dtype=torch.float32)
         self.encoder = (model.get_encoder() if self.is_whisper else model).eval().requires_grad_(False)
         self.dtype = dtype
         self.sampling_rate = self.extractor.sampling_rate
         if self.is_whisper:
-            self.size, self.rate = config.d_model, self.sampling_rate / (2 * self.extractor.hop_length)
+            self.rate = self.sampling_rate / (2 * self.extractor.hop_length)
             self.positions = self.encoder.embed_positions.weight.detach().clone()
+            self.max_seconds = len(self.positions) / self.rate
         else:
-            self.size, self.rate = config.hidden_size, self.sampling_rate / config.inputs_to_logits_ratio
+            self.rate, self.max_seconds = self.sampling_rate / config.inputs_to_logits_ratio, float("inf")
         self.cache = None if cache is None else Path(cache)
-        digest = hashlib.sha256()
-        for _, weight in sorted(self.encoder.state_dict().items()):
-            digest.update(str((tuple(weight.shape), weight.double().sum().item())).encode())
+        digest = hashlib.sha256(f"{dtype} {self.extractor.to_json_string()}".encode())
+        for key, weight in sorted(self.encoder.state_dict().items()):
+            digest.update(key.encode() + weight.contiguous().numpy().tobytes())
         self.fingerprint = digest.hexdigest()[:16]
+        self.size = self._listen(np.zeros(self.sampling_rate, dtype=np.float32)).shape[-1]
 
     def __call__(self, audio: np.ndarray) -> np.ndarray:
         """A clip `(samples,)` at `sampling_rate` to its states, `(states, size)` in float16.
 
         Raises:
-            ValueError: Whisper only: the clip is longer than what it was made for (30 s).
+            TeacherError: It cannot; Whisper, for instance, where the clip is longer than what it was made for (30 s).
         """
-        if self.cache is None:
-            return self._listen(audio)
+        try:
+            return self._listen(audio) if self.cache is None else self._remembered(audio)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TeacherError(
+                f"The teacher could not listen to a clip of {len(audio) / self.sampling_rate:.1f} s: {error}"
+            ) from error
+
+    def _remembered(self, audio: np.ndarray) -> np.ndarray:
         key = hashlib.sha256(np.ascontiguousarray(audio)).hexdigest()[:40]
         path = self.cache / self.fingerprint / key[:2] / f"{key[2:]}.npy"
         try:
             return np.load(path)
-        except (FileNotFoundError, ValueError, EOFError):  # not there, or broken off
-            pass
-        states = self._listen(audio)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all, whoever else writes it
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            np.save(file, states)
-        os.replace(file.name, path)
+        except (OSError, ValueError, EOFError):  # not there, or broken off
+            states = self._listen(audio)
+        try:
+            self._keep(states, path)
+        except OSError as error:  # what is not kept is made again
+            logger.warning_once(f"The teacher's states are not kept from now on: {error}")
+            self.cache = None
         return states
+
+    @staticmethod
+    def _keep(states: np.ndarray, path: Path) -> None:
+        """Whole or not at all, whoever else writes it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}-{os.getpid()}.partial")
+        try:
+            with open(partial, "wb") as file:
+                np.save(file, states)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     @torch.no_grad()
     def _listen(self, audio: np.ndarray) -> np.ndarray:
-        inputs = self.extractor(
-            audio,
-            sampling_rate=self.sampling_rate,
-            return_tensors="pt",
-            **({"padding": "longest"} if self.is_whisper else {}),
-        )
+        # Whisper's would make 30 s of any clip
+        options = {"padding": "longest", "truncation": False} if self.is_whisper else {}
+        inputs = self.extractor(audio, sampling_rate=self.sampling_rate, return_tensors="pt", **options)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             if self.is_whisper:
                 features = inputs["input_features"]
@@ -117,4 +146,4 @@ def fit_states(states: np.ndarray | torch.Tensor, num_tokens: int, rate: int) ->
     return states[0].T.reshape(num_tokens, -1)
 
 
-__all__ = ["SpeechTeacher", "fit_states"]
+__all__ = ["SpeechTeacher", "TeacherError", "fit_states"]
