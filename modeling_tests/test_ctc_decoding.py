@@ -426,3 +426,24 @@ def test_audio_is_read_once(spelling, speech_clips, more):
     handle.remove()
     assert torch.equal(once, twice.sequences)
     assert twice.hidden_states[0][0].shape[1] > 1
+
+
+def test_no_capital_stands_in_a_word_unless_it_is_the_likeliest():
+    """The head hears letters and no capitals, so it must not choose between tokens that spell the same."""
+    texts = [b" mail", b"box", b"Box", b" Box", b"mBox", b"BOX"]
+    table = torch.zeros(len(texts) + 1, 8, dtype=torch.uint8)
+    for row, text in enumerate(texts):
+        table[row, : len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    log_probs = torch.full((12, 256), -20.0, dtype=torch.float64)
+    for place, letter in enumerate(b"mailbox"):
+        log_probs[place, letter] = 0.0
+    log_probs[7:, 0] = 0.0
+    end = len(texts)
+    scorer = CTCPrefixScorer(log_probs.log_softmax(-1)[None], torch.tensor([12]))
+    weigh = CTCLogitsProcessor(scorer, table, 0.5, 0, [end], torch.tensor([end]))
+    written = torch.tensor([[5.0, 1.0, 2.0, 2.0, 2.0, 2.0, 0.0]])  # the language model would say " mail" again
+    scores = weigh(torch.tensor([[0]]), written)[0]
+    assert int(scores.argmax()) == 1 and all(scores[token] < -400 for token in (2, 4, 5))
+    expected = written.clone()
+    expected[0, 2] = 9.0  # what it is sure of it may write
+    assert int(weigh(torch.tensor([[0]]), expected)[0].argmax()) == 2

@@ -12,6 +12,7 @@ import math
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from transformers import LogitsProcessor
@@ -19,8 +20,8 @@ from transformers import LogitsProcessor
 
 # Tokens that are weighed at each step: the likeliest of the language model, some that spell the beginning of as many
 # letters as the head hears next, and the ends of text
-_NUM_CANDIDATES = 40
-_NUM_HEARD = 24
+_NUM_CANDIDATES = 16
+_NUM_HEARD = 12
 _LETTERS_HEARD = 8
 # All letters are looked at for all places of so many texts in one go: 1.5 MB for each text of 30 s at 25 places a
 # second
@@ -64,6 +65,21 @@ def _read_tokens(table: bytes, width: int) -> tuple[list[bytes], dict[bytes, lis
         if text and not incomplete:
             tokens.setdefault(letters.rstrip(), []).append(token)
     return texts, tokens
+
+
+@functools.lru_cache(maxsize=4)
+def _read_capitals(table: bytes, width: int) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
+    """Tokens that have a capital behind a small letter in them, that begin with a capital, and that end with a small letter."""
+    inside, first, last = set(), set(), set()
+    for token, data in enumerate(_read_tokens(table, width)[0]):
+        text = data.decode(errors="ignore")
+        if any(before.islower() and letter.isupper() for before, letter in pairwise(text)):
+            inside.add(token)
+        if text[:1].isupper():
+            first.add(token)
+        if text[-1:].islower():
+            last.add(token)
+    return frozenset(inside), frozenset(first), frozenset(last)
 
 
 @dataclass
@@ -255,10 +271,10 @@ class CTCPrefixScorer:
 class CTCLogitsProcessor(LogitsProcessor):
     """`(1 - weight) * log p(token | text, audio) + weight * log p_CTC(its letters | letters so far, audio)`.
 
-    The likeliest 40 tokens of the language model are weighed, those that spell what the head hears next, and the ends of text;
+    The likeliest 16 tokens of the language model are weighed, those that spell what the head hears next, and the ends of text;
     no other one can be written. A token without letters costs nothing in the second term, so a model that does not know what
     comes next would write commas in the place of what is said: such a token is for the language model alone to decide, and is
-    written only if it is its likeliest.
+    written only if it is its likeliest. So is one that puts a capital behind a small letter, of which the head cannot tell.
 
     Args:
         scorer ([`CTCPrefixScorer`]): Of the clips.
@@ -282,6 +298,7 @@ class CTCLogitsProcessor(LogitsProcessor):
         table = token_bytes.cpu().numpy()
         self.token_texts, self.tokens_by_letters = _read_tokens(table.tobytes(), table.shape[1])
         self.without_letters = frozenset(self.tokens_by_letters.get(b"", ()))
+        self.capital_inside, self.capital_first, self.small_last = _read_capitals(table.tobytes(), table.shape[1])
         self.weight = weight
         self.prompt_length = prompt_length
         self.eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=end_ids.device)
@@ -344,10 +361,18 @@ class CTCLogitsProcessor(LogitsProcessor):
         longer = self.scorer.advance(clips, prefixes, parents, texts_of_tokens)
         spelt = longer.score - prefixes.score[parents]
         best = likeliest[:, 0].tolist()
+        in_word = [bool(text) and text[-1] in self.small_last for text in texts]
         wrong = [
             not text  # special tokens, which are no part of what is said
             or count > _MAX_PARTED
-            or (token in self.without_letters and token != best[parent])
+            or (
+                token != best[parent]
+                and (
+                    token in self.without_letters
+                    or token in self.capital_inside
+                    or (in_word[parent] and token in self.capital_first)
+                )
+            )
             for token, text, parent, count in zip(tokens, texts_of_tokens, parents, longer.parted, strict=True)
         ]
         spelt = spelt.masked_fill(torch.tensor(wrong, device=device), _RULED_OUT).view(len(rows), -1)
