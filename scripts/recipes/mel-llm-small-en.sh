@@ -80,7 +80,7 @@ PYTHON
         --layers 0-2,27-29 --vocab_size 4000 --vocab_texts "$output/sentences.txt" --speaks --output_dir "$output/start" \
         --chat_template "$recipe/chat_template.jinja" --transcription_instruction "" \
         --audio_config '{"reduction_factor": 8, "conv_channels": 96, "hidden_size": 384, "bidirectional_attention": true,
-            "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4, "ctc_decoding_weight": 0.5}'
+            "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4, "ctc_decoding_weight": 0.4}'
 fi
 if ! is_finer; then
     train 1-letters start "${heard[@]}" "$@"
