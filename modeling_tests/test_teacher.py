@@ -96,7 +96,7 @@ def test_states_are_made_once(whisper, wav2vec2, speech_clips, tmp_path, monkeyp
     # Another teacher's are others, and what broke off is made again
     other = SpeechTeacher(wav2vec2, tmp_path)(audio)
     assert not np.array_equal(other[: len(states)], states[: len(other)])
-    files = sorted(tmp_path.rglob("*.npy"))
+    files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == 2 and not list(tmp_path.rglob("*.partial"))
     for file in files:
         file.write_bytes(file.read_bytes()[:100])
@@ -197,7 +197,7 @@ def test_a_run_with_a_teacher(script, folder, whisper, tmp_path):  # noqa: F811
     )
     more = (*common, "--save_strategy", "steps", "--save_steps", "2", "--speed_factors", "0.9", "1.1")
     train(script, *words(folder, tmp_path / "whole", *more, "--max_steps", "4"))
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
     assert len(made) == 12
     cut = tmp_path / "cut"
     first = script.prepare(words(folder, cut, *more, "--max_steps", "4"))

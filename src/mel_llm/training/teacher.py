@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 from transformers.utils import logging
@@ -86,10 +88,10 @@ class SpeechTeacher:
 
     def _remembered(self, audio: np.ndarray) -> np.ndarray:
         key = hashlib.sha256(np.ascontiguousarray(audio)).hexdigest()[:40]
-        path = self.cache / self.fingerprint / key[:2] / f"{key[2:]}.npy"
+        path = self.cache / self.fingerprint / key[:2] / f"{key[2:]}.safetensors"
         try:
-            return np.load(path)
-        except (OSError, ValueError, EOFError):  # not there, or broken off
+            return load_file(path)["states"]
+        except (OSError, SafetensorError, KeyError):  # not there, or broken off
             states = self._listen(audio)
         try:
             self._keep(states, path)
@@ -104,8 +106,7 @@ class SpeechTeacher:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.stem}-{os.getpid()}.partial")
         try:
-            with open(partial, "wb") as file:
-                np.save(file, states)
+            partial.write_bytes(save({"states": np.ascontiguousarray(states)}))
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
