@@ -37,6 +37,7 @@ from mel_llm import (
 )
 from mel_llm.card_results import local_name, local_names, source_keys
 from mel_llm.evaluation import make_compute_metrics
+from mel_llm.evaluation.clip_systems import short_name
 from mel_llm.publishing import without_paths
 from mel_llm.script_errors import told_in_a_line
 from mel_llm.training import (
@@ -133,7 +134,7 @@ def length_of(training_args: SpeechTrainingArguments, model_args: ModelArguments
         "merge_lora": model_args.merge_lora,
         "tasks": data_args.tasks,
         # Written beside the model, and compared by the next start: without the folders of this machine
-        "vocoder": local_name(vocoder) if vocoder and os.path.exists(os.path.expanduser(vocoder)) else vocoder,
+        "vocoder": short_name(vocoder) if vocoder else vocoder,
         # Only where there is something to tell, so that runs from before are still known as finished
         **({"freeze_layers": model_args.freeze_layers} if model_args.freeze_layers else {}),
     }
@@ -166,9 +167,8 @@ def describe_setup(model_args: ModelArguments, data_args: DataArguments, sources
 
 
 def describe_teacher(data_args: DataArguments) -> dict:
-    name = data_args.teacher
     return {
-        "teacher": local_name(name) if os.path.exists(os.path.expanduser(name)) else name,
+        "teacher": short_name(data_args.teacher),
         "teacher_weight": data_args.teacher_weight,
         "teacher_layer": data_args.teacher_layer,
     }

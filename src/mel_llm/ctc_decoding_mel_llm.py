@@ -116,9 +116,8 @@ class _Prefixes:
         reached = torch.logaddexp(self.spelling, self.resting)
         passed = reached < reached.amax(1, keepdim=True) - _DONE_WITH
         num_passed = int(passed.long().cumprod(1).sum(1).min())
-        num_passed = max(
-            0, min(num_passed, self.spelling.shape[1] - 2)
-        )  # a place is left, if nothing more can be spelt in it
+        # A place is left, if nothing more can be spelt in it
+        num_passed = max(0, min(num_passed, self.spelling.shape[1] - 2))
         paths = {name: getattr(self, name)[:, num_passed:] for name in ("spelling", "resting")}
         return replace(self, **paths, first=self.first + num_passed)
 
@@ -244,7 +243,7 @@ class CTCPrefixScorer:
         """For each text the letters that are likeliest next, one after the other."""
         texts: list[bytes] = []
         for part in torch.arange(len(clips), device=clips.device).split(_ROWS_AT_ONCE):
-            begun, rows = prefixes.take(part.tolist()).trimmed(), part - part[0]
+            begun, rows = prefixes.take(part.tolist()), part - part[0]
             probs = self.probs[clips[part], begun.first :]
             letters = []
             for _ in range(length):
@@ -296,9 +295,10 @@ class CTCLogitsProcessor(LogitsProcessor):
     ):
         self.scorer = scorer
         table = token_bytes.cpu().numpy()
-        self.token_texts, self.tokens_by_letters = _read_tokens(table.tobytes(), table.shape[1])
+        data, width = table.tobytes(), table.shape[1]
+        self.token_texts, self.tokens_by_letters = _read_tokens(data, width)
         self.without_letters = frozenset(self.tokens_by_letters.get(b"", ()))
-        self.capital_inside, self.capital_first, self.small_last = _read_capitals(table.tobytes(), table.shape[1])
+        self.capital_inside, self.capital_first, self.small_last = _read_capitals(data, width)
         self.weight = weight
         self.prompt_length = prompt_length
         self.eos_token_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=end_ids.device)

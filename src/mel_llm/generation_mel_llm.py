@@ -39,8 +39,8 @@ _LOOP_MIN_TOKENS = 48
 _LOOP_CHECK_EVERY = 8
 
 
-# Limits of a generation config, whose places `generate` arguments and budgets take
-_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "transformers_version")
+# Of a generation config, what arguments of `generate` and the audio's budget decide
+_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
 
 
 def _per_row(values: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -91,17 +91,17 @@ def check_alignment(checkpoint: str | os.PathLike, head: AlignmentHead | None) -
     Raises:
         ValueError: With what to do.
     """
-    found = {}
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+    before = None
+    for path in Path(checkpoint).glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith("alignment_head.")]
-            found |= {name.removeprefix("alignment_head."): file.get_tensor(name) for name in names}
-    if bool(found) != (head is not None):
+            if "alignment_head.teacher" in file.keys():
+                before = file.get_tensor("alignment_head.teacher")
+    if (before is None) != (head is None):
         raise ValueError(
-            f"{checkpoint} is of a run {'with' if found else 'without'} a teacher (--teacher). Go on in its way, or choose another "
-            "--output_dir."
+            f"{checkpoint} is of a run {'without' if before is None else 'with'} a teacher (--teacher). Go on in its way, or choose "
+            "another --output_dir."
         )
-    if head is not None and not torch.equal(found["teacher"], head.teacher.cpu()):
+    if head is not None and not torch.equal(before, head.teacher.cpu()):
         raise ValueError(
             f"{checkpoint} is of a run with another --teacher. Go on with it, or choose another --output_dir."
         )
