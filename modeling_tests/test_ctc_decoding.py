@@ -94,12 +94,24 @@ def test_the_ending_is_the_ctc_loss(spelling, speech_clips):
     with torch.no_grad():
         states, _ = model._read_prompts(ids, prompt_mask, features, mask)
         scorer = model._ctc_scorer(ids, states)
+        assert torch.equal(CTCPrefixScorer(*model.get_ctc_log_probs(features, attention_mask=mask)).sums, scorer.sums)
         each = torch.arange(3)
         spelt = [bytes(ctc_bytes(clip["text"])) for clip in clips]
         ending = scorer.ending(scorer.advance(each, scorer.start(each), [0, 1, 2], spelt))
         for row, clip in enumerate(clips):
             loss = model(**batch_of(processor, [clip])).ctc_loss * len(spelt[row])
             assert float(-ending[row]) == pytest.approx(float(loss), rel=1e-3)
+
+
+def test_the_letters_that_are_heard(spelling, tokenizer, speech_clips):
+    model, processor = spelling
+    inputs = processor(audio=[clip["array"] for clip in speech_clips[:2]], sampling_rate=16000)
+    log_probs, num_places = model.get_ctc_log_probs(**inputs)
+    tokens = -(-inputs["attention_mask"].sum(1) // model.config.audio_config.reduction_factor)
+    assert num_places.tolist() == (4 * tokens).tolist() and log_probs.shape == (2, 4 * int(tokens.max()), 256)
+    torch.testing.assert_close(log_probs.exp().sum(-1)[0, : num_places[0]], torch.ones(int(num_places[0])))
+    with pytest.raises(ValueError, match="no CTC head"):
+        build_tiny(tokenizer)[0].get_ctc_log_probs(**inputs)
 
 
 def spelt_by(table: torch.Tensor, ids: list[int]) -> str:

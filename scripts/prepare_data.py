@@ -3,10 +3,13 @@
     python scripts/prepare_data.py real --output_dir speech --languages en es fr it ru
     python scripts/prepare_data.py synthetic --texts sentences.tsv --output_dir speech/synth-extra --engines flite espeak \\
         --hours 2
+    python scripts/prepare_data.py spliced --corpora speech/asterisk-en --model hub_cards/mel-llm-small-en \\
+        --output_dir speech/more-spliced --hours 2
     python scripts/prepare_data.py check speech
 
-`real` unpacks recordings from Debian's packages, `synthetic` has texts spoken, `check` reads a folder with corpora. See
-docs/data.md. Nothing is overwritten, and what was interrupted goes on when the same command is given again.
+`real` unpacks recordings from Debian's packages, `synthetic` has texts spoken, `spliced` puts words of some clips behind words
+of others, `check` reads a folder with corpora. See docs/data.md. Nothing is overwritten, and what was interrupted goes on when
+the same command is given again.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from speech_data.asterisk import LANGUAGES, prepare_asterisk
 from speech_data.check import check_corpus, find_corpora, format_table
 from speech_data.engines import ENGINES, EngineOptions
 from speech_data.g722 import find_g722_decoder
+from speech_data.splicing import make_spliced
 from speech_data.synthesis import Synthesis, SynthesisPlan, available_engines, choose_voices
 from speech_data.texts import load_sentences
 
@@ -87,6 +91,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     synthetic.set_defaults(run=run_synthetic)
 
+    spliced = commands.add_parser("spliced", help="Words of some clips behind words of others: sentences that nobody said.")
+    spliced.add_argument("--corpora", type=Path, nargs="+", required=True, help="Whose train splits are cut.")
+    spliced.add_argument(
+        "--model", required=True, help="A Mel-LLM with a CTC head, to find words with: hub_cards/mel-llm-small-en, for English."
+    )
+    spliced.add_argument("--output_dir", type=Path, required=True, help="A new folder.")
+    spliced.add_argument("--hours", type=float, required=True, help="How much there shall be.")
+    spliced.add_argument(
+        "--seconds", type=float, nargs=2, default=[2.0, 12.0], metavar=("MIN", "MAX"), help="Of a clip. Default: 2 12."
+    )
+    spliced.add_argument("--seed", type=int, default=0, help="Of what goes together. Default: 0.")
+    spliced.add_argument(
+        "--format", choices=["flac", "ogg", "wav"], default="flac", help="ogg is Opus, which takes its time. Default: flac."
+    )
+    spliced.set_defaults(run=run_spliced)
+
     check = commands.add_parser("check", help="What is in a corpus, and what is wrong with it.")
     check.add_argument("folders", type=Path, nargs="+", help="Corpora, or folders of corpora.")
     check.add_argument("--max_faults", type=int, default=20, help="How many are told for each split. Default: 20.")
@@ -128,6 +148,24 @@ def run_synthetic(arguments: argparse.Namespace) -> int:
         settings["piper_variation"] = arguments.piper_variation
     synthesis = Synthesis(plan, arguments.output_dir, settings, f".{arguments.format}")
     synthesis.run(arguments.hours, engines, options, arguments.workers)
+    return 0
+
+
+def run_spliced(arguments: argparse.Namespace) -> int:
+    if not 0 < arguments.hours < float("inf"):
+        raise ValueError(f"--hours must be more than 0, got {arguments.hours}.")
+    shortest, longest = arguments.seconds
+    if not 0 < shortest <= longest < float("inf"):
+        raise ValueError(f"--seconds must be two numbers above 0, the lesser one first, got {shortest} {longest}.")
+    make_spliced(
+        arguments.corpora,
+        arguments.output_dir,
+        arguments.model,
+        arguments.hours,
+        (shortest, longest),
+        arguments.seed,
+        f".{arguments.format}",
+    )
     return 0
 
 

@@ -347,6 +347,33 @@ class MelLLMGenerationMixin(GenerationMixin):
         )
         return outputs.hidden_states[self.ctc_head.layer] if spells else None, outputs.past_key_values
 
+    @torch.no_grad()
+    def get_ctc_log_probs(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **features
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The letters that the CTC head hears, at `ctc_rate` places in each audio token: to align a text with its sound, or to see
+        what is heard before a language model has made words of it. Ours.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`), attention_mask: What the processor makes of
+                audio alone.
+
+        Returns:
+            Log-probabilities `(batch, places, 256)`, of the bytes 1 to 255 and of the blank, 0; and `(batch,)`, the places that each
+            clip has.
+
+        Raises:
+            ValueError: The model has no CTC head, or what the forward pass raises for features of the wrong shape.
+        """
+        if self.ctc_head is None:
+            raise ValueError("This model has no CTC head (`config.audio_config.ctc_weight` is 0), so it spells nothing.")
+        mask = features.get("input_features_mask", attention_mask)
+        input_features, mask = self.model._check_features(input_features, mask)
+        input_features, mask = input_features.to(self.device), None if mask is None else mask.to(self.device)
+        input_ids, attention_mask = self._build_prompt(input_features, mask)
+        states, _ = self._read_prompts(input_ids, attention_mask, input_features, mask)
+        return self.ctc_head.log_probs(states, input_ids[:, : states.shape[1]] == self.config.audio_token_id)
+
     def _ctc_scorer(self, input_ids: torch.Tensor, states: torch.Tensor) -> CTCPrefixScorer:
         """The letters that the CTC head finds in each clip, of what [`_read_prompts`] returns."""
         return CTCPrefixScorer(

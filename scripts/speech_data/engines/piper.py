@@ -46,11 +46,11 @@ class PiperEngine(SpeechEngine):
         return voices
 
     def speak(self, text: str, voice: str, speed: float) -> tuple[np.ndarray, int]:
-        from piper import PiperVoice, SynthesisConfig
+        from piper import SynthesisConfig
 
         name, _, speaker = voice.partition(":")
         if name not in self.models:
-            self.models[name] = PiperVoice.load(self.files[name])
+            self.models[name] = voice_on_one_thread(self.files[name])
         config = self.configs[name]
         defaults = {"length_scale": 1.0, "noise_scale": 0.667, "noise_w": 0.8, **config.get("inference", {})}
         settings = SynthesisConfig(
@@ -78,6 +78,19 @@ def _installed_voices() -> list[Path]:
         except ImportError:
             continue
     return files
+
+
+def voice_on_one_thread(file: Path):
+    """A voice whose clips one core makes: by itself it would take all of them, wait for them between layers, and be in the way of the
+    other `--workers`, wherever the operating system was told to run it."""
+    import onnxruntime
+    from piper import PiperVoice
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    voice = PiperVoice.load(file)
+    voice.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return voice
 
 
 def _read_config(file: Path) -> dict:
