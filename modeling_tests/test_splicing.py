@@ -93,9 +93,7 @@ def corpus(tmp_path_factory):
     for row in rows:
         shutil.copyfile(ROOT / "demo_clips" / row["file_name"], folder / "train" / row["file_name"])
         row["duration"] = soundfile.info(folder / "train" / row["file_name"]).duration
-    write_metadata(
-        folder / "train", [{key: row.get(key, "") for key in COLUMNS} | {"speaker": "her"} for row in rows]
-    )
+    write_metadata(folder / "train", [{key: row.get(key, "") for key in COLUMNS} | {"speaker": "her"} for row in rows])
     shutil.copyfile(ROOT / "demo_clips" / "ATTRIBUTION.md", folder / "ATTRIBUTION.md")
     return folder
 

@@ -91,10 +91,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     synthetic.set_defaults(run=run_synthetic)
 
-    spliced = commands.add_parser("spliced", help="Words of some clips behind words of others: sentences that nobody said.")
+    spliced = commands.add_parser(
+        "spliced", help="Words of some clips behind words of others: sentences that nobody said."
+    )
     spliced.add_argument("--corpora", type=Path, nargs="+", required=True, help="Whose train splits are cut.")
     spliced.add_argument(
-        "--model", required=True, help="A Mel-LLM with a CTC head, to find words with: hub_cards/mel-llm-small-en, for English."
+        "--model",
+        required=True,
+        help="A Mel-LLM with a CTC head, to find words with: hub_cards/mel-llm-small-en, for English.",
     )
     spliced.add_argument("--output_dir", type=Path, required=True, help="A new folder.")
     spliced.add_argument("--hours", type=float, required=True, help="How much there shall be.")
@@ -103,7 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     spliced.add_argument("--seed", type=int, default=0, help="Of what goes together. Default: 0.")
     spliced.add_argument(
-        "--format", choices=["flac", "ogg", "wav"], default="flac", help="ogg is Opus, which takes its time. Default: flac."
+        "--format",
+        choices=["flac", "ogg", "wav"],
+        default="flac",
+        help="ogg is Opus, which takes its time. Default: flac.",
     )
     spliced.set_defaults(run=run_spliced)
 

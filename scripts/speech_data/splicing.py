@@ -122,7 +122,8 @@ def find_cuts(audio: np.ndarray, text: str, log_probs: np.ndarray) -> tuple[tupl
         return None
     samples = len(audio) / len(log_probs)
     between = [
-        _quietest(audio, round((aligned[0][end - 2] + 1) * samples), round(aligned[0][end] * samples)) for end in ends[:-1]
+        _quietest(audio, round((aligned[0][end - 2] + 1) * samples), round(aligned[0][end] * samples))
+        for end in ends[:-1]
     ]
     places = (0, *between, len(audio))
     return (tuple(words), places) if all(a < b for a, b in itertools.pairwise(places)) else None
@@ -190,14 +191,18 @@ def splice(cuts: list[Cut], seconds: float, generator: np.random.Generator) -> t
     return np.concatenate(parts), text
 
 
-def _plan(cuts: list[Cut], hours: float, seconds: tuple[float, float], seed: int) -> Iterator[tuple[Cut, np.ndarray, str]]:
+def _plan(
+    cuts: list[Cut], hours: float, seconds: tuple[float, float], seed: int
+) -> Iterator[tuple[Cut, np.ndarray, str]]:
     """Clips, each with a cut that says of whom it is. Every speaker speaks as often as every other."""
     by_speaker: dict[str, list[Cut]] = {}
     for cut in cuts:
         by_speaker.setdefault(cut.row.get("speaker") or "", []).append(cut)
     speakers = [of_one for of_one in by_speaker.values() if len(of_one) > 1]
     if not speakers:
-        raise ValueError("No speaker has two clips in which the model hears where the words are. Give more, or another --model.")
+        raise ValueError(
+            "No speaker has two clips in which the model hears where the words are. Give more, or another --model."
+        )
     made, failed, generator = 0, 0, np.random.default_rng(seed)
     while made < hours * 3600 * SAMPLING_RATE:
         of_one = speakers[generator.integers(len(speakers))]
@@ -233,7 +238,10 @@ def make_spliced(
     """
     if target.exists():
         raise FileExistsError(f"--output_dir: {target} is there already. Give a new folder.")
-    model, processor = AutoModelForSpeechSeq2Seq.from_pretrained(model_name).eval(), AutoProcessor.from_pretrained(model_name)
+    model, processor = (
+        AutoModelForSpeechSeq2Seq.from_pretrained(model_name).eval(),
+        AutoProcessor.from_pretrained(model_name),
+    )
     cuts = [cut for corpus in corpora for cut in cut_corpus(corpus, model, processor)]
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted

@@ -366,7 +366,9 @@ class MelLLMGenerationMixin(GenerationMixin):
             ValueError: The model has no CTC head, or what the forward pass raises for features of the wrong shape.
         """
         if self.ctc_head is None:
-            raise ValueError("This model has no CTC head (`config.audio_config.ctc_weight` is 0), so it spells nothing.")
+            raise ValueError(
+                "This model has no CTC head (`config.audio_config.ctc_weight` is 0), so it spells nothing."
+            )
         mask = features.get("input_features_mask", attention_mask)
         input_features, mask = self.model._check_features(input_features, mask)
         input_features, mask = input_features.to(self.device), None if mask is None else mask.to(self.device)
