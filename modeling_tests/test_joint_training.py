@@ -398,7 +398,7 @@ def test_arguments_that_do_not_fit(script, folder, tmp_path, arguments, message,
 @pytest.mark.parametrize(
     ("name", "tasks", "steps"),
     [
-        ("mel-llm-small-en", ["asr"], ["1-letters", "2-short", "3-all", "4-finer", "5-taught"]),
+        ("mel-llm-small-en", ["asr"], ["1-letters", "2-short", "3-all", "4-finer", "5-taught", "6-spliced"]),
         ("mel-llm-small-en-tts", ["tts"], ["1-place", "2-own"]),
         ("mel-llm-small-en-continuation", ["asr", "tts", "continuation"], ["1-all", "2-speech"]),
     ],

@@ -7,14 +7,15 @@
 #   SPEECH   a folder with the corpora asterisk-en and synth-en, and more-NAME, if there are any, with more speech: see
 #            docs/data.md. Natural voices, and many of them, help most: `scripts/prepare_data.py synthetic --texts FILE
 #            --engines piper --piper_voices en_US-libritts_r-medium.onnx --output_dir SPEECH/more-voices --hours 8 ...`
-#   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/, 3-all/, 4-finer/ and 5-taught/ (what training leaves; the fourth
-#            begins with finer/, the model before it at 25 audio tokens a second in the place of 12.5) and model/ (what is published)
+#   OUTPUT   gets start/ (the untrained model), 1-letters/, 2-short/, 3-all/, 4-finer/, 5-taught/ and 6-spliced/ (what training leaves;
+#            the fourth begins with finer/, the model before it at 25 audio tokens a second in the place of 12.5), spliced-*/ (the
+#            corpora's words, put together anew, for the last one) and model/ (what is published)
 #
 #   BACKBONE=FOLDER GGUF=FILE   the language model; by default HuggingFaceTB/SmolLM2-135M-Instruct from the Hub
-#   TEACHER=FOLDER              what the last step listens beside; by default openai/whisper-base from the Hub
+#   TEACHER=FOLDER              what the last two steps listen beside; by default openai/whisper-base from the Hub
 #   START=FOLDER                a model to go on with, hub_cards/mel-llm-small-en for instance: it has the last step alone
 #   PYTHON=python3.12           choose the interpreter
-#   LAUNCH="torchrun --nproc_per_node 2"   several processes, for the last step: on two CPU cores, for instance, with
+#   LAUNCH="torchrun --nproc_per_node 2"   several processes, for the last two steps: on two CPU cores, for instance, with
 #                               OMP_NUM_THREADS=1 and --ddp_backend gloo among the arguments
 #
 # What was interrupted goes on when the same command is given again.
@@ -55,13 +56,15 @@ for folder in "$speech"/more-*/; do
     [[ ! -d "$folder" ]] || heard+=("$folder,weight=1.5")
 done
 
-# What there is at 25 audio tokens a second: a model that is given, or what three steps make at 12.5 and a fourth goes on with
-if [[ -n "${START:-}" && ! -d "$output/4-finer" ]]; then
-    mkdir -p "$output/4-finer"
-    cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/4-finer/"
-    cp -- "$START/training_summary.json" "$output/4-finer/"
+is_taught() { [[ -f "$output/5-taught/training_summary.json" ]]; }
+# A model that is given stands for all steps but the last
+if [[ -n "${START:-}" ]] && ! is_taught; then
+    mkdir -p "$output/5-taught"
+    cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/5-taught/"
+    cp -- "$START/training_summary.json" "$output/5-taught/"
 fi
-is_finer() { [[ -f "$output/finer/config.json" || -f "$output/4-finer/training_summary.json" ]]; }
+# What there is at 25 audio tokens a second: what three steps make at 12.5 and a fourth goes on with
+is_finer() { is_taught || [[ -f "$output/finer/config.json" || -f "$output/4-finer/training_summary.json" ]]; }
 if ! is_finer && [[ ! -f "$output/start/config.json" ]]; then
     texts=("$speech"/{asterisk,synth}-en/train/metadata.csv)
     [[ ! -f "$speech/text/sentences_en_train.tsv" ]] || texts+=("$speech/text/sentences_en_train.tsv")
@@ -89,6 +92,26 @@ if ! is_finer; then
     pack 3-all coarse --reads_only --dtype float32
     "$python" "$here/convert_text_llm.py" "$output/coarse" --audio_config '{"reduction_factor": 4, "ctc_rate": 2}' --output_dir "$output/finer"
 fi
-train 4-finer finer "${heard[@]}" "$@"
-launch="${LAUNCH:-}" train 5-taught 4-finer "${heard[@]}" --teacher "${TEACHER:-openai/whisper-base}" --teacher_cache "$output/teacher" "$@"
-pack 5-taught model --reads_only --num_beams 4
+if ! is_taught; then
+    train 4-finer finer "${heard[@]}" "$@"
+    launch="${LAUNCH:-}" train 5-taught 4-finer "${heard[@]}" --teacher "${TEACHER:-openai/whisper-base}" --teacher_cache "$output/teacher" "$@"
+fi
+
+# splice CORPUS ARGUMENT...
+splice() {
+    local name=$1
+    shift
+    [[ -d "$output/spliced-$name" ]] || "$python" "$here/prepare_data.py" spliced --corpora "$speech/$name-en" --model "$output/5-taught" \
+        --output_dir "$output/spliced-$name" "$@"
+}
+splice asterisk --hours 3 --seconds 2 13 --seed 1
+splice synth --hours 2.5 --seconds 2 12 --seed 2
+# Half of the clips are of many voices, if there are any; the others of what there is little of, and of it put together anew
+mixed=(--train_data "$speech/asterisk-en,weight=0.4" "$output/spliced-asterisk,weight=1.2" "$output/spliced-synth,weight=0.9"
+    "$speech/synth-en,weight=1.2,exclude=source:synth:[fp]*" "$speech/synth-en,weight=1.3,exclude=source:synth:[ke]*")
+more=("$speech"/more-*/)
+for folder in "${more[@]}"; do
+    [[ ! -d "$folder" ]] || mixed+=("$folder,weight=$("$python" -c "print(5 / ${#more[@]})")")
+done
+launch="${LAUNCH:-}" train 6-spliced 5-taught "${mixed[@]}" --teacher "${TEACHER:-openai/whisper-base}" --teacher_cache "$output/teacher" "$@"
+pack 6-spliced model --reads_only --num_beams 4
