@@ -165,8 +165,8 @@ def _faded(part: np.ndarray, at_start: bool, at_end: bool) -> np.ndarray:
 
 
 def splice(cuts: list[Cut], seconds: float, generator: np.random.Generator) -> tuple[np.ndarray, str] | None:
-    """A clip of parts of a speaker's clips, until it has so many `seconds`, and its text; `None` if that is a text that must not
-    be learnt, or just one clip as it was."""
+    """A clip of parts of a speaker's clips, until it has so many `seconds`, and its text; `None` if that is a text of validation or
+    test, or it came to one part alone."""
     parts: list[np.ndarray] = []
     words: list[str] = []
     length = num_parts = 0
@@ -186,7 +186,7 @@ def splice(cuts: list[Cut], seconds: float, generator: np.random.Generator) -> t
         length += len(audio)
         num_parts += 1
     text = " ".join(words)
-    if num_parts < 2 or any(split_of(text, cut.row.get("language", "en")) != "train" for cut in cuts[:1]):
+    if num_parts < 2 or split_of(text, cuts[0].row.get("language") or "en") != "train":
         return None
     return np.concatenate(parts), text
 
@@ -261,21 +261,19 @@ def make_spliced(
 
 
 def _write_attribution(folder: Path, corpora: list[Path]) -> None:
-    """What was cut is passed on under its own terms."""
+    """What was cut is passed on under its own terms, which lie beside each corpus or all of them."""
     text = "# Attribution: parts of other clips, put together\n\nNobody said these sentences: words were cut out of the clips below and joined.\n"
-    attributions = [
-        next((file for file in (corpus / "ATTRIBUTION.md", corpus.parent / "ATTRIBUTION.md") if file.is_file()), None)
-        for corpus in corpora
-    ]
-    for file in dict.fromkeys(filter(None, attributions)):  # several corpora may have one in common
+    places = [place for corpus in corpora for place in (corpus, corpus.parent)]
+    attributions = [place / "ATTRIBUTION.md" for place in places if (place / "ATTRIBUTION.md").is_file()]
+    for file in dict.fromkeys(attributions):
         text += "\n" + file.read_text(encoding="utf-8")
     for corpus in corpora:
-        for name in ("LICENCE", "LICENCES"):
-            source = corpus / name
+        for place, name in itertools.product((corpus, corpus.parent), ("LICENCE", "LICENCES")):
+            source, target = place / name, folder / f"{name}.{corpus.name}"
             if source.is_file():
-                shutil.copyfile(source, folder / f"{name}.{corpus.name}")
+                shutil.copyfile(source, target)
             elif source.is_dir():
-                shutil.copytree(source, folder / f"{name}.{corpus.name}")
+                shutil.copytree(source, target, dirs_exist_ok=True)
     (folder / "ATTRIBUTION.md").write_text(text, encoding="utf-8")
 
 
