@@ -28,15 +28,23 @@ SYNTHETIC = {
     "attribution": "Synthetic speech of Kokoro-82M v1.0 (Apache-2.0), Piper's en_US-joe-medium (CC0), Flite 2.2's slt, awb and kal16 "
     f"(CMU's permissive licence) and espeak-ng 1.51 (its output is free), {TEXTS}",
 }
+VOICES = (
+    "Piper's en_US-libritts_r-medium, 904 voices of LibriTTS-R (https://www.openslr.org/141, Koizumi et al. 2023; CC BY 4.0 by "
+    "the name of the voice, whose own card was not at hand)"
+)
+SPLICED = [
+    {
+        "name": f"spliced-{row['name'].removesuffix('-en')}",
+        "license": row["license"],
+        "attribution": f"Words of the clips of {row['name']}, put together to sentences that nobody said. {row['attribution']}",
+    }
+    for row in (REAL, SYNTHETIC)
+]
+# A folder of clips of the 904 voices for each of the seeds 5, 7 and 8
 MORE = [
     {"name": f"more-{engine}", "license": licence, "attribution": f"Synthetic speech of {voices}, {TEXTS}"}
     for engine, licence, voices in (
-        (
-            "voices",
-            "CC-BY-4.0",
-            "Piper's en_US-libritts_r-medium, 904 voices of LibriTTS-R (https://www.openslr.org/141, Koizumi et al. 2023; CC BY 4.0 by "
-            "the name of the voice, whose own card was not at hand)",
-        ),
+        *((name, "CC-BY-4.0", VOICES) for name in ("voices", "voices-7", "voices-8")),
         ("flite", "CMU's permissive licence", "Flite 2.2's slt, awb and kal16"),
         ("espeak", "free", "espeak-ng 1.51"),
     )
@@ -110,7 +118,7 @@ def describe_peers(results: Path) -> str:
 def details(folder: Path, measured: Path) -> dict:
     return {
         "description": DESCRIPTION,
-        "data": [REAL, SYNTHETIC, *MORE, more_of_joe("joe-a")],
+        "data": [REAL, SYNTHETIC, *SPLICED, *MORE, more_of_joe("joe-a")],
         "samples": add_samples(folder),
         "evaluations": sorted(measured.glob("scores/*.json")),
         "intended_use": f"{INTENDED_USE} {describe_peers(measured / 'results.json')}",

@@ -11,8 +11,7 @@ recordings that the samples go on with.
 import shutil
 from pathlib import Path
 
-from mel_llm_small_en_card import MORE as READERS_MORE
-from mel_llm_small_en_card import REAL, SYNTHETIC, more_of_joe
+from mel_llm_small_en_card import MORE, REAL, SYNTHETIC, more_of_joe
 from recipe_card import write_card
 from transformers import pipeline
 
@@ -20,6 +19,7 @@ from mel_llm import MelLLMProcessor
 
 
 DATA = [SYNTHETIC, more_of_joe("joe-a"), more_of_joe("joe-b")]
+READERS_MORE = [row for row in MORE if row["name"] in ("more-voices", "more-flite", "more-espeak")]
 READERS = "What the earlier form of mel-llm-small-en, to which this model goes back, had learnt from: " + " ".join(
     f"{row['name']} ({row['license']}): {row['attribution']}" for row in (REAL, SYNTHETIC, *READERS_MORE)
 )
