@@ -571,21 +571,30 @@ def test_pipers_voices(tmp_path, monkeypatch):
     spoken = []
 
     class PiperVoice:
-        @staticmethod
-        def load(path):
-            return PiperVoice()
+        def __init__(self, session, config):
+            self.session, self.config = session, config
 
         def synthesize(self, text, syn_config):
+            assert self.session == (str(tmp_path / self.config["name"]), 1)  # thread
             spoken.append(syn_config)
             return [types.SimpleNamespace(audio_int16_array=np.ones(5, np.int16), sample_rate=22050)] * 2
 
-    module = types.SimpleNamespace(PiperVoice=PiperVoice, SynthesisConfig=lambda **fields: fields)
+    module = types.SimpleNamespace(
+        PiperVoice=PiperVoice,
+        SynthesisConfig=lambda **fields: fields,
+        PiperConfig=types.SimpleNamespace(from_dict=dict),
+    )
     monkeypatch.setitem(sys.modules, "piper", module)
+    runtime = types.SimpleNamespace(
+        SessionOptions=types.SimpleNamespace,
+        InferenceSession=lambda file, options, providers: (file, options.intra_op_num_threads),
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
     config = {"espeak": {"voice": "en-us"}, "inference": {"length_scale": 1.2}, "num_speakers": 1}
     several = {**config, "num_speakers": 2, "speaker_id_map": {"rms": 0, "eey": 1}}
     for name, content in (("en_US-joe-medium", config), ("en_US-arctic-medium", several)):
         (tmp_path / f"{name}.onnx").write_bytes(b"")
-        (tmp_path / f"{name}.onnx.json").write_text(json.dumps(content))
+        (tmp_path / f"{name}.onnx.json").write_text(json.dumps({**content, "name": f"{name}.onnx"}))
     files = tuple(sorted(tmp_path.glob("*.onnx")))
     engine = make_engine("piper", EngineOptions(piper_voices=files))
     assert engine.voices() == ["en_US-arctic-medium:eey", "en_US-arctic-medium:rms", "en_US-joe-medium"]

@@ -4,12 +4,12 @@
     python scripts/prepare_data.py synthetic --texts sentences.tsv --output_dir speech/synth-extra --engines flite espeak \\
         --hours 2
     python scripts/prepare_data.py spliced --corpora speech/asterisk-en --model hub_cards/mel-llm-small-en \\
-        --output_dir speech/more-spliced --hours 2
+        --output_dir speech/spliced-asterisk --hours 2
     python scripts/prepare_data.py check speech
 
 `real` unpacks recordings from Debian's packages, `synthetic` has texts spoken, `spliced` puts words of some clips behind words
 of others, `check` reads a folder with corpora. See docs/data.md. Nothing is overwritten, and what was interrupted goes on when
-the same command is given again.
+the same command is given again (`spliced`, which takes minutes, begins anew).
 """
 
 import argparse
@@ -195,5 +195,5 @@ def run_check(arguments: argparse.Namespace) -> int:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = build_parser().parse_args()
-    with told_in_a_line("prepare_data.py", (OSError, ValueError, ImportError)), interruption_goes_on(logger):
+    with told_in_a_line("prepare_data.py"), interruption_goes_on(logger):
         sys.exit(arguments.run(arguments))

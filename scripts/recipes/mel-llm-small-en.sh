@@ -29,6 +29,11 @@ output="${2:?OUTPUT, a folder, is missing}"
 shift 2
 mkdir -p "$output"
 
+if [[ -f "$output/model/config.json" && ! -f "$output/6-spliced/training_summary.json" ]]; then
+    echo "$output/model is there, and of a recipe with fewer steps: move it away, and give the same command again." >&2
+    exit 1
+fi
+
 # train NAME MODEL ARGUMENT...: a step that is done is left alone
 train() {
     local name=$1 model=$2
@@ -59,6 +64,10 @@ done
 is_taught() { [[ -f "$output/5-taught/training_summary.json" ]]; }
 # A model that is given stands for all steps but the last
 if [[ -n "${START:-}" ]] && ! is_taught; then
+    if compgen -G "$output/5-taught/checkpoint-*" > /dev/null; then
+        echo "$output/5-taught was begun without START: give another OUTPUT, or the same command without START." >&2
+        exit 1
+    fi
     mkdir -p "$output/5-taught"
     cp -- "$START"/*.safetensors* "$START"/*.jinja "$START"/tokenizer*.json "$START"/{generation_,processor_,}config.json "$output/5-taught/"
     cp -- "$START/training_summary.json" "$output/5-taught/"

@@ -42,6 +42,11 @@ class SplitReport:
         return [self.corpus, self.split, str(self.clips), hours, str(self.voices), median, speed]
 
 
+def is_licence(file: Path) -> bool:
+    """Whether a file or folder says by its name that it tells under which terms something is."""
+    return _LICENCES.match(file.name) is not None
+
+
 def find_corpora(folder: Path) -> list[Path]:
     """The folder itself, or those in it, that have `metadata.csv` at the top or in their splits.
 
@@ -76,7 +81,7 @@ def check_corpus(folder: Path) -> list[SplitReport]:
         shared = split_texts.get("train", {}).keys() & split_texts.get(other, {}).keys()
         for text in sorted(shared):
             reports[0].faults.append(f"train/{split_texts['train'][text]}: its text is in {other} too")
-    if not any(_LICENCES.match(file.name) for place in (folder, folder.parent) for file in place.iterdir()):
+    if not any(is_licence(file) for place in (folder, folder.parent) for file in place.iterdir()):
         reports[0].faults.append(f"no licence or attribution in {folder} or above it")
     return reports
 
@@ -160,4 +165,4 @@ def _check_text_and_voice(row: dict, split: str) -> list[str]:
     return faults
 
 
-__all__ = ["SplitReport", "check_corpus", "find_corpora", "format_table"]
+__all__ = ["SplitReport", "check_corpus", "find_corpora", "format_table", "is_licence"]

@@ -7,6 +7,7 @@ model learns its sentences by heart, and then what it hears matters little. Sent
 import itertools
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,141 +15,102 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from mel_llm import load_audio
-from mel_llm.spelling import ctc_bytes
+from mel_llm import MelLLMConfig, load_audio
 
-from .corpus import SAMPLING_RATE, read_metadata, write_clip, write_metadata
+from .check import is_licence
+from .corpus import METADATA, SAMPLING_RATE, read_metadata, write_clip, write_metadata
 from .held_out import split_of
+from .word_cuts import find_cuts
 
 
 logger = logging.getLogger(__name__)
 
-# Nats that a letter may cost in the alignment of a clip, and in that of each of its words
-_WORST_CLIP, _WORST_WORD = 0.7, 2.0
-_FADE_SECONDS = 0.008
-# Of the window in which loudness is measured where a cut is looked for, and of its steps
-_WINDOW_SECONDS, _STEP_SECONDS = 0.016, 0.004
-_PAUSES = 0.4, (0.05, 0.3)  # how often there is a pause between two parts, and of how many seconds
-_MAX_WORDS = 8
 # Of a speaker with more clips than that, so many are cut: more would make nothing else of him
 _CLIPS_OF_A_SPEAKER = 400
+_MAX_WORDS = 8
+_FADE_SECONDS = 0.008
+_PAUSES = 0.4, (0.05, 0.3)  # how often there is a pause between two parts, and of how many seconds
 # Draws for one clip: after so many there is nothing that fits
 _PATIENCE = 200
+_UNVERIFIED = "?unverified"
 
 
 @dataclass(frozen=True)
-class Cut:
+class CutClip:
     """A clip and where it can be cut: `places[i]` and `places[i + 1]` are the samples between which the word `i` is said."""
 
     path: Path
     words: tuple[str, ...]
     places: tuple[int, ...]
-    row: dict[str, str]
+    corpus: str
+    speaker: str
+    language: str
+    source: str
 
 
-# --- where words are ----------------------------------------------------------------------------------------------------
+# --- what there is ------------------------------------------------------------------------------------------------------
 
 
-def align_letters(log_probs: np.ndarray, letters: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The likeliest places of letters.
-
-    Args:
-        log_probs (`np.ndarray` of shape `(places, 256)`): Of the CTC head; class 0 is the blank.
-        letters (`list[int]`): Bytes, 1 to 255.
-
-    Returns:
-        The place at which each letter is spelt first, `(letters,)`, and its log-probability there; `None` if they do not fit.
-    """
-    labels = np.zeros(2 * len(letters) + 1, dtype=np.int64)
-    labels[1::2] = letters
-    skips = np.zeros(len(labels), dtype=bool)  # from one letter to the next, if it is another one, without a blank
-    skips[3::2] = labels[3::2] != labels[1:-2:2]
-    scores = np.full(len(labels), -np.inf)
-    scores[:2] = log_probs[0, labels[:2]]
-    steps = np.zeros((len(log_probs), len(labels)), dtype=np.int8)
-    for place in range(1, len(log_probs)):
-        ways = np.full((3, len(labels)), -np.inf)
-        ways[0] = scores
-        ways[1, 1:] = scores[:-1]
-        ways[2, 2:] = np.where(skips[2:], scores[:-2], -np.inf)
-        steps[place] = ways.argmax(0)
-        scores = ways.max(0) + log_probs[place, labels]
-    state = len(labels) - 1 - int(scores[-2:].argmax() == 0)
-    if scores[state] == -np.inf:
-        return None
-    first = np.zeros(len(letters), dtype=np.int64)
-    for place in range(len(log_probs) - 1, -1, -1):
-        if state % 2:
-            first[state // 2] = place
-        state -= int(steps[place, state])
-    return first, log_probs[first, letters]
+def _train_split(corpus: Path) -> Path:
+    for folder in (corpus / "train", corpus):
+        if (folder / METADATA).is_file():
+            return folder
+    raise FileNotFoundError(f"--corpora: {corpus} has no {METADATA}, neither in train/ nor at its top.")
 
 
-def _quietest(audio: np.ndarray, start: int, end: int) -> int:
-    """The sample of `audio` from `start` to `end` around which it is quietest."""
-    half, step = round(_WINDOW_SECONDS * SAMPLING_RATE / 2), round(_STEP_SECONDS * SAMPLING_RATE)
-    places = range(start, max(end, start + 1), step)
-    return min(places, key=lambda place: float(np.square(audio[max(0, place - half) : place + half]).sum()))
+def _seconds_of(row: dict[str, str], path: Path) -> float:
+    """What the row says, or else the file."""
+    import soundfile
+
+    try:
+        return float(row.get("duration") or soundfile.info(path).duration)
+    except (ValueError, soundfile.LibsndfileError) as error:
+        raise ValueError(f"--corpora: {path} has no duration that can be read: {error}") from None
 
 
-def find_cuts(audio: np.ndarray, text: str, log_probs: np.ndarray) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
-    """A clip's words, and the samples between which each is said: one more than there are words.
-
-    A cut is where it is quietest between the last letter of a word and the first one of the next.
-
-    Args:
-        audio (`np.ndarray` of shape `(samples,)`), text (`str`): The clip, at 16 kHz, and what is said in it.
-        log_probs (`np.ndarray` of shape `(places, 256)`): Of a CTC head, over all of the clip.
-
-    Returns:
-        `None` if the head does not hear the text, or not a word of it.
-    """
-    words: list[str] = []
-    for word in text.split():  # what is not spoken, a dash for instance, belongs to the word before it
-        if ctc_bytes(word) or not words:
-            words.append(word)
-        else:
-            words[-1] += f" {word}"
-    spelt = [ctc_bytes(word) for word in words]
-    letters = [letter for word in spelt for letter in (32, *word)][1:]
-    if not letters or not all(spelt) or letters != ctc_bytes(text):
-        return None
-    aligned = align_letters(log_probs, letters)
-    if aligned is None or -aligned[1].mean() > _WORST_CLIP:
-        return None
-    ends = np.cumsum([len(word) + 1 for word in spelt])  # behind the space behind each word
-    starts = [0, *ends[:-1]]
-    if any(-aligned[1][start : end - 1].mean() > _WORST_WORD for start, end in zip(starts, ends, strict=True)):
-        return None
-    samples = len(audio) / len(log_probs)
-    between = [
-        _quietest(audio, round((aligned[0][end - 2] + 1) * samples), round(aligned[0][end] * samples))
-        for end in ends[:-1]
-    ]
-    places = (0, *between, len(audio))
-    return (tuple(words), places) if all(a < b for a, b in itertools.pairwise(places)) else None
-
-
-def cut_corpus(folder: Path, model, processor, batch_size: int = 16) -> list[Cut]:
+def cut_corpus(corpus: Path, model, processor, batch_size: int = 16) -> list[CutClip]:
     """The clips of a corpus's `train` split that the model's CTC head hears well enough to know where each word is: of each
-    speaker up to 400, from all over the corpus."""
-    by_speaker: dict[str, list[dict[str, str]]] = {}
-    for row in read_metadata(folder / "train"):
-        if float(row["duration"]) <= model.config.audio_config.max_audio_seconds:
-            by_speaker.setdefault(row.get("speaker") or "", []).append(row)
-    rows = [row for of_one in by_speaker.values() for row in of_one[:: -(-len(of_one) // _CLIPS_OF_A_SPEAKER)]]
-    rows.sort(key=lambda row: float(row["duration"]))  # clips of one length waste nothing
-    cuts = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        clips = [load_audio(folder / "train" / row["file_name"], SAMPLING_RATE) for row in batch]
-        heard = model.get_ctc_log_probs(**processor(audio=clips, sampling_rate=SAMPLING_RATE))
-        for row, audio, log_probs, count in zip(batch, clips, *heard, strict=True):
-            found = find_cuts(audio, row["text"], log_probs[:count].float().numpy())
+    speaker up to 400, from all over the corpus.
+
+    Raises:
+        FileNotFoundError, ValueError: The corpus has no such split, or a clip that cannot be read.
+    """
+    config = model.config.audio_config
+    folder = _train_split(corpus)
+    by_speaker: dict[str, list[tuple[float, dict[str, str]]]] = {}
+    num_long = 0
+    for row in read_metadata(folder):
+        seconds = _seconds_of(row, folder / row["file_name"])
+        if seconds > config.max_audio_seconds:
+            num_long += 1
+        elif row.get("text"):
+            by_speaker.setdefault(row.get("speaker") or "", []).append((seconds, row))
+    if "" in by_speaker:
+        logger.warning(f"{corpus}: clips of no named speaker are taken for those of one.")
+    chosen = []
+    for of_one in by_speaker.values():
+        places = np.linspace(0, len(of_one) - 1, min(len(of_one), _CLIPS_OF_A_SPEAKER)).round().astype(int)
+        chosen += [of_one[place] for place in places]
+    chosen.sort(key=lambda clip: clip[0])  # clips of one length waste nothing
+    clips: list[CutClip] = []
+    samples_per_place = config.hop_length * config.reduction_factor / config.ctc_rate
+    for start in range(0, len(chosen), batch_size):
+        rows = [row for _, row in chosen[start : start + batch_size]]
+        paths = [folder / row["file_name"] for row in rows]
+        audios = [load_audio(path, SAMPLING_RATE) for path in paths]
+        heard = model.get_ctc_log_probs(**processor(audio=audios, sampling_rate=SAMPLING_RATE))
+        for row, path, audio, log_probs, count in zip(rows, paths, audios, *heard, strict=True):
+            found = find_cuts(audio, row["text"], log_probs[:count].float().cpu().numpy(), samples_per_place)
             if found is not None:
-                cuts.append(Cut(folder / "train" / row["file_name"], *found, row))
-    logger.info(f"{folder}: {len(cuts)} of {len(rows)} clips can be cut.")
-    return cuts
+                kept = (row.get(name) or "" for name in ("speaker", "language", "source"))
+                clips.append(CutClip(path, *found, corpus.name, *kept))
+    too_long = (
+        f"; {num_long} more are longer than the {config.max_audio_seconds:g} s that the model hears"
+        if num_long
+        else ""
+    )
+    logger.info(f"{corpus}: {len(clips)} of {len(chosen)} clips can be cut{too_long}.")
+    return clips
 
 
 # --- clips --------------------------------------------------------------------------------------------------------------
@@ -164,55 +126,95 @@ def _faded(part: np.ndarray, at_start: bool, at_end: bool) -> np.ndarray:
     return part
 
 
-def splice(cuts: list[Cut], seconds: float, generator: np.random.Generator) -> tuple[np.ndarray, str] | None:
-    """A clip of parts of a speaker's clips, until it has so many `seconds`, and its text; `None` if that is a text of validation or
-    test, or it came to one part alone."""
+def splice(
+    clips: list[CutClip], seconds: float, longest: float, generator: np.random.Generator
+) -> tuple[np.ndarray, str, list[CutClip]] | None:
+    """A clip of parts of a speaker's clips.
+
+    Args:
+        clips (`list[CutClip]`): What the speaker said.
+        seconds (`float`), longest (`float`): Parts are added until there are so many seconds, and none with which there would be
+            more than `longest`.
+
+    Returns:
+        The waveform `(samples,)`, its text, and the clips that it has parts of; `None` if it came to less than two parts, or the
+        text is one of validation or test.
+    """
     parts: list[np.ndarray] = []
     words: list[str] = []
-    length = num_parts = 0
-    ends = np.cumsum([len(cut.words) for cut in cuts])  # each word begins a part as often as any other
+    used: list[CutClip] = []
+    length, most = 0, round(longest * SAMPLING_RATE)
+    ends = np.cumsum([len(clip.words) for clip in clips])  # each word begins a part as often as any other
     while length < seconds * SAMPLING_RATE:
-        cut = cuts[int(np.searchsorted(ends, generator.integers(ends[-1]), side="right"))]
-        first = int(generator.integers(len(cut.words)))
-        last = min(len(cut.words), first + 1 + int(generator.integers(_MAX_WORDS)))
-        audio = load_audio(cut.path, SAMPLING_RATE)[cut.places[first] : cut.places[last]]
-        parts.append(_faded(audio, at_start=first > 0, at_end=last < len(cut.words)))
-        share, (shortest, longest) = _PAUSES
+        clip = clips[int(np.searchsorted(ends, generator.integers(ends[-1]), side="right"))]
+        first = int(generator.integers(len(clip.words)))
+        last = min(len(clip.words), first + 1 + int(generator.integers(_MAX_WORDS)))
+        while last > first and length + clip.places[last] - clip.places[first] > most:
+            last -= 1
+        if last == first:  # not a word more
+            break
+        audio = load_audio(clip.path, SAMPLING_RATE)[clip.places[first] : clip.places[last]]
+        parts.append(_faded(audio, at_start=first > 0, at_end=last < len(clip.words)))
+        words += clip.words[first:last]
+        used.append(clip)
+        length += len(audio)
+        share, bounds = _PAUSES
         if generator.random() < share:
-            pause = round(generator.uniform(shortest, longest) * SAMPLING_RATE)
+            pause = min(round(generator.uniform(*bounds) * SAMPLING_RATE), most - length)
             parts.append(np.zeros(pause, dtype=np.float32))
             length += pause
-        words += cut.words[first:last]
-        length += len(audio)
-        num_parts += 1
     text = " ".join(words)
-    if num_parts < 2 or split_of(text, cuts[0].row.get("language") or "en") != "train":
+    if len(used) < 2 or split_of(text, clips[0].language or "en") != "train":
         return None
-    return np.concatenate(parts), text
+    return np.concatenate(parts), text, used
 
 
-def _plan(
-    cuts: list[Cut], hours: float, seconds: tuple[float, float], seed: int
-) -> Iterator[tuple[Cut, np.ndarray, str]]:
-    """Clips, each with a cut that says of whom it is. Every speaker speaks as often as every other."""
-    by_speaker: dict[str, list[Cut]] = {}
-    for cut in cuts:
-        by_speaker.setdefault(cut.row.get("speaker") or "", []).append(cut)
+def spliced_clips(
+    clips: list[CutClip], hours: float, seconds: tuple[float, float], seed: int
+) -> Iterator[tuple[np.ndarray, str, list[CutClip]]]:
+    """What [`splice`] makes until there are so many hours. A clip has one speaker, of one corpus and language, and every speaker
+    speaks as often as every other.
+
+    Raises:
+        ValueError: There is nothing to splice, or nothing that comes out may be used.
+    """
+    by_speaker: dict[tuple[str, str, str], list[CutClip]] = {}
+    for clip in clips:
+        by_speaker.setdefault((clip.corpus, clip.language, clip.speaker), []).append(clip)
     speakers = [of_one for of_one in by_speaker.values() if len(of_one) > 1]
     if not speakers:
         raise ValueError(
-            "No speaker has two clips in which the model hears where the words are. Give more, or another --model."
+            "--corpora: no speaker has two clips in which the model hears where the words are. Give more, or another --model."
         )
-    made, failed, generator = 0, 0, np.random.default_rng(seed)
+    made = failed = 0
+    generator = np.random.default_rng(seed)
     while made < hours * 3600 * SAMPLING_RATE:
         of_one = speakers[generator.integers(len(speakers))]
-        found = splice(of_one, generator.uniform(*seconds), generator)
+        found = splice(of_one, generator.uniform(*seconds), seconds[1], generator)
         failed = failed + 1 if found is None else 0
         if failed == _PATIENCE:
-            raise ValueError(f"{_PATIENCE} clips in a row would have been one part, or a text of validation or test.")
+            raise ValueError(
+                f"{_PATIENCE} clips in a row came to less than two parts, or to a text of validation or test. Give more --seconds, or "
+                "more --corpora."
+            )
         if found is not None:
             made += len(found[0])
-            yield of_one[0], *found
+            yield found
+
+
+# --- a corpus of them ---------------------------------------------------------------------------------------------------
+
+
+def _load(name: str):
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(name).eval()
+    if not isinstance(model.config, MelLLMConfig) or model.ctc_head is None:
+        raise ValueError(
+            f"--model: {name} is no Mel-LLM with a CTC head (`ctc_weight`), which would know where words are."
+        )
+    rate = model.config.audio_config.sampling_rate
+    if rate != SAMPLING_RATE:
+        raise ValueError(f"--model: {name} hears audio at {rate} Hz, and corpora are made at {SAMPLING_RATE}.")
+    return model, AutoProcessor.from_pretrained(name)
 
 
 def make_spliced(
@@ -230,51 +232,67 @@ def make_spliced(
         corpora (`list[Path]`): Whose `train` splits are cut.
         target (`Path`): A new folder.
         model_name (`str`): A Mel-LLM with a CTC head, which knows where words are.
-        hours (`float`), seconds: How much there shall be, and of what lengths: each clip has at least as many seconds as are drawn.
+        hours (`float`), seconds: How much there shall be, and from how many to how many seconds a clip has.
         seed (`int`), suffix (`str`): Of what is drawn; of the files.
 
     Raises:
-        ValueError, FileExistsError: The model has no CTC head, a corpus none of what is needed, or there is something at `target`.
+        ValueError, OSError: The model has no CTC head, a corpus none of what is needed, or there is something at `target`.
     """
     if target.exists():
         raise FileExistsError(f"--output_dir: {target} is there already. Give a new folder.")
-    model, processor = (
-        AutoModelForSpeechSeq2Seq.from_pretrained(model_name).eval(),
-        AutoProcessor.from_pretrained(model_name),
-    )
-    cuts = [cut for corpus in corpora for cut in cut_corpus(corpus, model, processor)]
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
-    clips = partial / "train"
-    clips.mkdir(parents=True)
-    rows = []
-    for cut, audio, text in _plan(cuts, hours, seconds, seed):
-        name = f"spliced_{len(rows):06}{suffix}"
-        write_clip(clips / name, audio)
-        source = f"spliced:{cut.row.get('source', '')}"
-        row = {"file_name": name, "text": text, "duration": len(audio) / SAMPLING_RATE, "source": source}
-        rows.append({**row, "speaker": cut.row.get("speaker", ""), "language": cut.row.get("language", "")})
-    write_metadata(clips, rows)
-    _write_attribution(partial, corpora)
-    partial.rename(target)
+    corpora = [corpus.resolve() for corpus in corpora]
+    for corpus in corpora:
+        _train_split(corpus)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Of this run alone, whatever else writes beside it
+    partial = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
+    try:
+        _copy_licences(corpora, partial)
+        model, processor = _load(model_name)
+        clips = [clip for corpus in corpora for clip in cut_corpus(corpus, model, processor)]
+        (partial / "train").mkdir()
+        rows = []
+        for audio, text, used in spliced_clips(clips, hours, seconds, seed):
+            name = f"spliced_{len(rows):06}{suffix}"
+            write_clip(partial / "train" / name, audio)
+            is_unverified = any(clip.source.endswith(_UNVERIFIED) for clip in used)
+            source = f"spliced:{used[0].corpus}{_UNVERIFIED if is_unverified else ''}"
+            row = {"file_name": name, "text": text, "duration": len(audio) / SAMPLING_RATE, "source": source}
+            rows.append({**row, "speaker": used[0].speaker, "language": used[0].language})
+        write_metadata(partial / "train", rows)
+        partial.chmod(0o755)  # as any folder: that of a temporary one is its owner's alone
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     logger.info(f"{target}: {len(rows)} clips, {sum(row['duration'] for row in rows) / 3600:.2f} h.")
 
 
-def _write_attribution(folder: Path, corpora: list[Path]) -> None:
-    """What was cut is passed on under its own terms, which lie beside each corpus or all of them."""
-    text = "# Attribution: parts of other clips, put together\n\nNobody said these sentences: words were cut out of the clips below and joined.\n"
-    places = [place for corpus in corpora for place in (corpus, corpus.parent)]
-    attributions = [place / "ATTRIBUTION.md" for place in places if (place / "ATTRIBUTION.md").is_file()]
-    for file in dict.fromkeys(attributions):
-        text += "\n" + file.read_text(encoding="utf-8")
-    for corpus in corpora:
-        for place, name in itertools.product((corpus, corpus.parent), ("LICENCE", "LICENCES")):
-            source, target = place / name, folder / f"{name}.{corpus.name}"
+def _copy_licences(corpora: list[Path], folder: Path) -> None:
+    """What is cut is passed on under its own terms: those that lie beside a corpus, or else beside all of them."""
+    lines = [
+        "# Attribution: parts of other clips, put together",
+        "",
+        "Nobody said these sentences. Words were cut out of clips of",
+    ]
+    for number, corpus in enumerate(corpora):
+        places = ([file for file in sorted(place.iterdir()) if is_licence(file)] for place in (corpus, corpus.parent))
+        found = next(filter(None, places), [])
+        lines.append(f"\n* {corpus.name}, whose terms are in LICENCES/{number}-{corpus.name}.")
+        if not found:
+            lines[-1] = f"\n* {corpus.name}, of which no terms are known."
+            logger.warning(
+                f"{corpus}: there is no ATTRIBUTION.md or licence beside it; do not pass on what comes out."
+            )
+        for source in itertools.chain.from_iterable(
+            sorted(file.rglob("*")) if file.is_dir() else [file] for file in found
+        ):
             if source.is_file():
-                shutil.copyfile(source, target)
-            elif source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True)
-    (folder / "ATTRIBUTION.md").write_text(text, encoding="utf-8")
+                top = corpus if source.is_relative_to(corpus) else corpus.parent
+                copy = folder / "LICENCES" / f"{number}-{corpus.name}" / source.relative_to(top)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
+    (folder / "ATTRIBUTION.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-__all__ = ["Cut", "align_letters", "cut_corpus", "find_cuts", "make_spliced", "splice"]
+__all__ = ["CutClip", "cut_corpus", "make_spliced", "splice", "spliced_clips"]

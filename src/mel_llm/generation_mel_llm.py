@@ -349,7 +349,10 @@ class MelLLMGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def get_ctc_log_probs(
-        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **features
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The letters that the CTC head hears, at `ctc_rate` places in each audio token: to align a text with its sound, or to see
         what is heard before a language model has made words of it. Ours.
@@ -357,6 +360,7 @@ class MelLLMGenerationMixin(GenerationMixin):
         Args:
             input_features (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`), attention_mask: What the processor makes of
                 audio alone.
+            input_features_mask (`torch.Tensor` of shape `(batch, frames)`, *optional*): The mask by its other name.
 
         Returns:
             Log-probabilities `(batch, places, 256)`, of the bytes 1 to 255 and of the blank, 0; and `(batch,)`, the places that each
@@ -369,7 +373,7 @@ class MelLLMGenerationMixin(GenerationMixin):
             raise ValueError(
                 "This model has no CTC head (`config.audio_config.ctc_weight` is 0), so it spells nothing."
             )
-        mask = features.get("input_features_mask", attention_mask)
+        mask = attention_mask if input_features_mask is None else input_features_mask
         input_features, mask = self.model._check_features(input_features, mask)
         input_features, mask = input_features.to(self.device), None if mask is None else mask.to(self.device)
         input_ids, attention_mask = self._build_prompt(input_features, mask)

@@ -50,7 +50,7 @@ class PiperEngine(SpeechEngine):
 
         name, _, speaker = voice.partition(":")
         if name not in self.models:
-            self.models[name] = voice_on_one_thread(self.files[name])
+            self.models[name] = _load_voice(self.files[name])
         config = self.configs[name]
         defaults = {"length_scale": 1.0, "noise_scale": 0.667, "noise_w": 0.8, **config.get("inference", {})}
         settings = SynthesisConfig(
@@ -80,17 +80,18 @@ def _installed_voices() -> list[Path]:
     return files
 
 
-def voice_on_one_thread(file: Path):
-    """A voice whose clips one core makes: by itself it would take all of them, wait for them between layers, and be in the way of the
-    other `--workers`, wherever the operating system was told to run it."""
+def _load_voice(file: Path):
+    """A voice whose clips one core makes. `PiperVoice.load` would take all of them, wait for them between layers, and be in the way of
+    the other `--workers`, wherever the operating system was told to run it."""
     import onnxruntime
-    from piper import PiperVoice
+    from piper import PiperConfig, PiperVoice
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    voice = PiperVoice.load(file)
-    voice.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return voice
+    return PiperVoice(
+        session=onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"]),
+        config=PiperConfig.from_dict(json.loads(Path(f"{file}.json").read_text(encoding="utf-8"))),
+    )
 
 
 def _read_config(file: Path) -> dict:
