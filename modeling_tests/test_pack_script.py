@@ -211,3 +211,16 @@ def test_beams_of_what_is_published(script, run, tmp_path):
     with pytest.raises(ValueError, match="--num_beams must be at least 1"):
         script.pack(run, tmp_path / "none", torch.float32, "15MB", num_beams=0)
     assert not (tmp_path / "none").exists()
+
+
+def test_pieces_of_what_is_published(script, run, tmp_path):
+    arguments = script.parse_arguments([str(run), str(tmp_path / "short"), "--max_audio_seconds", "8"])
+    script.pack(run, tmp_path / "short", torch.float32, "15MB", max_audio_seconds=arguments.max_audio_seconds)
+    script.pack(run, tmp_path / "own", torch.float32, "15MB")
+    lengths = [
+        AutoConfig.from_pretrained(place).audio_config.max_audio_seconds
+        for place in (tmp_path / "short", tmp_path / "own", run)
+    ]
+    assert lengths[0] == 8 != lengths[1] == lengths[2]
+    with pytest.raises(ValueError, match="--max_audio_seconds must be at least 1"):
+        script.pack(run, tmp_path / "none", torch.float32, "15MB", max_audio_seconds=0.5)

@@ -10,6 +10,7 @@ decides otherwise). The card is not written here: see docs/cards.md.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -58,6 +59,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--num_beams",
         type=int,
         help="beams that transcripts are written with where nobody asks; by default the run's own",
+    )
+    parser.add_argument(
+        "--max_audio_seconds",
+        type=float,
+        help="longest pieces that recordings are cut into; by default the run's own, which are its longest clips. What was trained on few "
+        "clips of that length hears shorter pieces better",
     )
     return parser.parse_args(argv)
 
@@ -115,21 +122,24 @@ def pack(
     max_shard_size: str,
     vocoder: str | None = None,
     num_beams: int | None = None,
+    max_audio_seconds: float | None = None,
     **parts: bool,
 ) -> None:
     """Saves the model of `run` in `folder`, all at once at the end.
 
     Args:
         num_beams (`int`, *optional*): Of the generation config that is saved; left out, the run's own.
+        max_audio_seconds (`float`, *optional*): Of the longest piece that recordings are cut into; left out, the run's own.
         vocoder (`str`, *optional*): Folder or Hub name of one, `"griffin_lim"` or `"none"`; left out, the run's own.
 
     Raises:
         FileExistsError: There is a model in the folder already.
         ValueError: See [`load`], whose `parts` of the model are saved; or the vocoder is for other features, or for a model
-            that does not speak; or `num_beams` is less than 1.
+            that does not speak; or `num_beams` or `max_audio_seconds` is less than 1.
     """
-    if num_beams is not None and num_beams < 1:
-        raise ValueError(f"--num_beams must be at least 1, got {num_beams}.")
+    for name, value in (("num_beams", num_beams), ("max_audio_seconds", max_audio_seconds)):
+        if value is not None and not 1 <= value < math.inf:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
     if folder.exists() and (
         not folder.is_dir() or any(folder.glob("*.safetensors")) or (folder / "config.json").exists()
     ):
@@ -140,6 +150,8 @@ def pack(
     set_vocoder(model, processor, vocoder)
     if num_beams is not None:
         model.generation_config.num_beams = num_beams
+    if max_audio_seconds is not None:
+        model.config.audio_config.max_audio_seconds = max_audio_seconds
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     # Buffers too: the normalisation of features is needed with all its digits, and is small
@@ -184,5 +196,5 @@ if __name__ == "__main__":
     with told_in_a_line("pack.py", (OSError, ValueError, SafetensorError)):
         dtype = getattr(torch, arguments.dtype)
         parts = {"reads_only": arguments.reads_only, "speaks_only": arguments.speaks_only}
-        beams = arguments.num_beams
-        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, arguments.vocoder, beams, **parts)
+        settings = {name: getattr(arguments, name) for name in ("vocoder", "num_beams", "max_audio_seconds")}
+        pack(arguments.run, arguments.folder, dtype, arguments.max_shard_size, **settings, **parts)

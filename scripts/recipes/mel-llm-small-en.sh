@@ -123,4 +123,4 @@ for folder in "${more[@]}"; do
     [[ ! -d "$folder" ]] || mixed+=("$folder,weight=$("$python" -c "print(5 / ${#more[@]})")")
 done
 launch="${LAUNCH:-}" train 6-spliced 5-taught "${mixed[@]}" --teacher "${TEACHER:-openai/whisper-base}" --teacher_cache "$output/teacher" "$@"
-pack 6-spliced model --reads_only --num_beams 4
+pack 6-spliced model --reads_only --num_beams 4 --max_audio_seconds 8
