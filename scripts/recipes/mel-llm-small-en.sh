@@ -92,7 +92,7 @@ PYTHON
         --layers 0-2,27-29 --vocab_size 4000 --vocab_texts "$output/sentences.txt" --speaks --output_dir "$output/start" \
         --chat_template "$recipe/chat_template.jinja" --transcription_instruction "" \
         --audio_config '{"reduction_factor": 8, "conv_channels": 96, "hidden_size": 384, "bidirectional_attention": true,
-            "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4, "ctc_decoding_weight": 0.4}'
+            "ctc_weight": 1.5, "ctc_rate": 4, "ctc_layer": 4, "ctc_decoding_weight": 0.3}'
 fi
 if ! is_finer; then
     train 1-letters start "${heard[@]}" "$@"
@@ -123,4 +123,4 @@ for folder in "${more[@]}"; do
     [[ ! -d "$folder" ]] || mixed+=("$folder,weight=$("$python" -c "print(5 / ${#more[@]})")")
 done
 launch="${LAUNCH:-}" train 6-spliced 5-taught "${mixed[@]}" --teacher "${TEACHER:-openai/whisper-base}" --teacher_cache "$output/teacher" "$@"
-pack 6-spliced model --reads_only --num_beams 4 --max_audio_seconds 8
+pack 6-spliced model --reads_only --num_beams 4 --max_audio_seconds 10

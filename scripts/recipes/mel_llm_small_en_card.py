@@ -63,10 +63,10 @@ def more_of_joe(name: str) -> dict:
 DESCRIPTION = (
     "A small language model that writes down English speech, and the model that the demo of the package `mel_llm` comes with. "
     "Six layers of SmolLM2-135M-Instruct (0-2 and 27-29), with 4000 of its tokens, read log-mel frames at 25 audio tokens a "
-    "second. **It is in training and no recogniser to rely on**: CPUs had some ten core-hours for it, from the bare language "
+    "second. **It is in training and no recogniser to rely on**: CPUs had some thirteen core-hours for it, from the bare language "
     "model, with almost only synthetic speech. It shows that the method and the training of the package work, how far that "
-    "little takes them, and is a place to go on from. (What is said of its training below is the last of twelve phases, the second at this "
-    "token rate; the others are in `docs/results.md` of the package. In this one the states of its audio tokens also learnt to predict "
+    "little takes them, and is a place to go on from. (What is said of its training below is the last of thirteen phases, the third at this "
+    "token rate; the others are in `docs/results.md` of the package. In the last two the states of its audio tokens also learnt to predict "
     "those of Whisper base's encoder (MIT), which is no part of it.)"
 )
 INTENDED_USE = (
