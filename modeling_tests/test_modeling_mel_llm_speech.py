@@ -421,6 +421,20 @@ def test_a_model_that_writes_no_numbers(speaking):
         model.generate(**processor("Yes."))  # and it ends
 
 
+def test_defaults_in_a_generation_config_ask_for_nothing(speaking):
+    """Pipelines of older versions of transformers write the library's `do_sample=False, temperature=1.0` into what they pass."""
+    model, processor = speaking
+    inputs = processor("Yes.")
+
+    def speak(seed, **fields):
+        config = GenerationConfig(**fields)
+        return model.generate(**inputs, generation_config=config, max_seconds=0.3, seed=seed)
+
+    assert torch.equal(speak(1, do_sample=False, temperature=1.0), speak(1))
+    assert not torch.equal(speak(1, do_sample=False, temperature=1.0), speak(2, do_sample=False, temperature=1.0))
+    assert torch.equal(speak(1, do_sample=False), speak(2, do_sample=False))  # asked for
+
+
 def test_bad_arguments_are_told(speaking, tokenizer):
     model, processor = speaking
     inputs = processor("Yes.")

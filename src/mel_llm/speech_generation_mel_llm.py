@@ -135,8 +135,13 @@ class MelLLMSpeechGenerationMixin:
 
     def _take_from(self, generation_config, kwargs: dict) -> None:
         """What a caller's own config says about speech. The model's is about text, as far as it says the same."""
-        for name in ("max_new_tokens", "temperature", "do_sample"):
-            value = getattr(generation_config, name, None)
+        said = {
+            name: getattr(generation_config, name, None) for name in ("max_new_tokens", "temperature", "do_sample")
+        }
+        if said["do_sample"] is False and said["temperature"] == 1.0:
+            # The library's defaults, which the pipelines of its older versions write out (5.16 did): nobody asked for them
+            said["do_sample"] = said["temperature"] = None
+        for name, value in said.items():
             if value is not None and value != getattr(self.generation_config, name, None):
                 kwargs.setdefault(name, value)
 
