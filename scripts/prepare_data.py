@@ -132,9 +132,13 @@ def run_real(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_hours(hours: float) -> None:
+    if not 0 < hours < float("inf"):
+        raise ValueError(f"--hours must be more than 0, got {hours}.")
+
+
 def run_synthetic(arguments: argparse.Namespace) -> int:
-    if not 0 < arguments.hours < float("inf"):
-        raise ValueError(f"--hours must be more than 0, got {arguments.hours}.")
+    check_hours(arguments.hours)
     if arguments.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {arguments.workers}.")
     if not 0 <= arguments.piper_variation <= 2:
@@ -159,8 +163,7 @@ def run_synthetic(arguments: argparse.Namespace) -> int:
 
 
 def run_spliced(arguments: argparse.Namespace) -> int:
-    if not 0 < arguments.hours < float("inf"):
-        raise ValueError(f"--hours must be more than 0, got {arguments.hours}.")
+    check_hours(arguments.hours)
     shortest, longest = arguments.seconds
     if not 0 < shortest <= longest < float("inf"):
         raise ValueError(f"--seconds must be two numbers above 0, the lesser one first, got {shortest} {longest}.")

@@ -9,10 +9,7 @@ only part of it.
 import csv
 import gzip
 import logging
-import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +20,7 @@ import numpy as np
 from mel_llm.whole_files import write_whole
 
 from .attribution import ASTERISK, asterisk_attribution
-from .corpus import METADATA, SAMPLING_RATE, SPLITS, write_clip, write_metadata
+from .corpus import METADATA, SAMPLING_RATE, SPLITS, new_corpus, write_clip, write_metadata
 from .debian import find_packages, package_version, read_package
 from .held_out import normalize_text, split_of
 
@@ -90,9 +87,7 @@ def prepare_asterisk(
     target = output_dir / f"asterisk-{language}"
     if target.exists():
         raise FileExistsError(f"{target} exists already. Remove it, or give another --output_dir.")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=output_dir))
-    try:
+    with new_corpus(target) as partial:
         documents = f"asterisk-core-sounds-{language}"
         sounds = f"{documents}-g722"
         packages = find_packages([sounds, documents], debs, download_to=partial)
@@ -109,11 +104,6 @@ def prepare_asterisk(
         write_whole(partial / "ATTRIBUTION.md", asterisk_attribution(language, version, suffix))
         for package in partial.glob("*.deb"):
             package.unlink()
-        partial.chmod(0o755)  # mkdtemp made it for this user alone
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     counts = ", ".join(f"{split} {len(rows[split])}" for split in SPLITS)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
     logger.info(f"{target}: {counts}. Left out: {reasons or 'nothing'}.")

@@ -1,9 +1,12 @@
 """A corpus as it lies on disk: `SPLIT/metadata.csv` beside the clips, in the form of `audiofolder` datasets."""
 
+import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,20 @@ SAMPLING_RATE = 16000
 
 # How libsndfile is told to write each ending
 _FORMATS = {".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "OPUS"), ".wav": ("WAV", "PCM_16")}
+
+
+@contextlib.contextmanager
+def new_corpus(target: Path) -> Iterator[Path]:
+    """Gives a folder beside `target`, of this run alone, which takes its name when all went well and goes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp made it for this user alone
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_clip(path: Path, audio: np.ndarray) -> None:
@@ -61,6 +78,7 @@ __all__ = [
     "METADATA",
     "SAMPLING_RATE",
     "SPLITS",
+    "new_corpus",
     "read_metadata",
     "write_clip",
     "write_metadata",

@@ -7,7 +7,6 @@ model learns its sentences by heart, and then what it hears matters little. Sent
 import itertools
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 from mel_llm import MelLLMConfig, load_audio
 
 from .check import is_licence
-from .corpus import METADATA, SAMPLING_RATE, read_metadata, write_clip, write_metadata
+from .corpus import METADATA, SAMPLING_RATE, new_corpus, read_metadata, write_clip, write_metadata
 from .held_out import split_of
 from .word_cuts import find_cuts
 
@@ -243,10 +242,7 @@ def make_spliced(
     corpora = [corpus.resolve() for corpus in corpora]
     for corpus in corpora:
         _train_split(corpus)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Of this run alone, whatever else writes beside it
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
-    try:
+    with new_corpus(target) as partial:
         _copy_licences(corpora, partial)
         model, processor = _load(model_name)
         clips = [clip for corpus in corpora for clip in cut_corpus(corpus, model, processor)]
@@ -260,11 +256,6 @@ def make_spliced(
             row = {"file_name": name, "text": text, "duration": len(audio) / SAMPLING_RATE, "source": source}
             rows.append({**row, "speaker": used[0].speaker, "language": used[0].language})
         write_metadata(partial / "train", rows)
-        partial.chmod(0o755)  # as any folder: that of a temporary one is its owner's alone
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     logger.info(f"{target}: {len(rows)} clips, {sum(row['duration'] for row in rows) / 3600:.2f} h.")
 
 

@@ -378,13 +378,15 @@ class MelLLMGenerationMixin(GenerationMixin):
         input_features, mask = input_features.to(self.device), None if mask is None else mask.to(self.device)
         input_ids, attention_mask = self._build_prompt(input_features, mask)
         states, _ = self._read_prompts(input_ids, attention_mask, input_features, mask)
+        return self._ctc_log_probs(input_ids, states)
+
+    def _ctc_log_probs(self, input_ids: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the CTC head hears in each clip, and how many places it has, of what [`_read_prompts`] returns."""
         return self.ctc_head.log_probs(states, input_ids[:, : states.shape[1]] == self.config.audio_token_id)
 
     def _ctc_scorer(self, input_ids: torch.Tensor, states: torch.Tensor) -> CTCPrefixScorer:
         """The letters that the CTC head finds in each clip, of what [`_read_prompts`] returns."""
-        return CTCPrefixScorer(
-            *self.ctc_head.log_probs(states, input_ids[:, : states.shape[1]] == self.config.audio_token_id)
-        )
+        return CTCPrefixScorer(*self._ctc_log_probs(input_ids, states))
 
     def _may_go_on(self, generation_config: GenerationConfig, kwargs: dict) -> bool:
         """Whether generation can begin with what was read: nothing is asked for that must see the whole prompt or keeps a cache of its
